@@ -1,0 +1,78 @@
+"""Builds the objects of a run from its config; everything is checked before any image is read."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dp_synth.data.images import Images
+from dp_synth.diffusion import Diffusion
+from dp_synth.errors import UserError
+from dp_synth.module import DiffusionModule
+from dp_synth.networks import Trainable, choose_trainable
+from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+
+
+def is_on(group: DictConfig) -> bool:
+    """Whether a config group names something to do (its ``none`` option does not)."""
+    return "_target_" in group or "load" in group
+
+
+def build_network(cfg: DictConfig, image_shape: tuple[int, int, int], classes: int) -> UNet2DModel:
+    """The network with initial weights that depend on the public seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return instantiate(cfg.model.network)(image_shape, classes)
+
+
+def build_module(
+    cfg: DictConfig,
+    net: UNet2DModel,
+    plan: PrivacyPlan | PublicPlan,
+    *,
+    lr: float,
+    trainable: Trainable = "all",
+) -> DiffusionModule:
+    """The module that trains ``net`` under a plan."""
+    if not lr > 0:
+        raise UserError(f"model.lr={lr} must be positive.")
+    choose_trainable(net, trainable)
+    return DiffusionModule(
+        net=net,
+        diffusion=build_diffusion(cfg),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        randomness=plan.randomness(cfg.seed),
+        multiplicity=plan.multiplicity,
+        ema_decay=cfg.model.ema_decay,
+        label_dropout=cfg.model.label_dropout,
+        flip=cfg.dataset.flip,
+    )
+
+
+def build_diffusion(cfg: DictConfig) -> Diffusion:
+    """The diffusion process of ``model.diffusion``."""
+    return instantiate(cfg.model.diffusion)
+
+
+def load_images(cfg: DictConfig, split: str) -> Images:
+    """One split of the private data set.
+
+    Raises:
+        UserError: the training split does not have the declared number of examples.
+    """
+    images: Images = instantiate(cfg.dataset.load, split=split)
+    if split == "train" and len(images) != cfg.dataset.num_examples:
+        raise UserError(
+            f"dataset.num_examples={cfg.dataset.num_examples}, but the training split has "
+            f"{len(images)} examples; declare dataset.num_examples={len(images)}."
+        )
+    return images
+
+
+def build_logger(cfg: DictConfig, directory: Any) -> Any:
+    """The Lightning logger of the ``logger`` group, or None."""
+    if not is_on(cfg.logger):
+        return None
+    return instantiate(cfg.logger)(save_dir=directory, name="", version="")

@@ -1,0 +1,65 @@
+"""``python -m dp_synth.evaluate run=DIR``: what a run's synthetic data are worth."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dp_synth.building import is_on, load_images
+from dp_synth.cli import command
+from dp_synth.data.folder import read_image_folder
+from dp_synth.errors import UserError
+from dp_synth.pretraining import load_public
+from dp_synth.runs import Run
+from dp_synth.summary import print_metrics
+
+
+def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> None:
+    """Measure synthetic data against the private data set and the baselines.
+
+    Writes ``metrics.json`` and ``metrics_meta.json``, and lists the look at private images in the
+    statement: it is not covered by eps.
+
+    Args:
+        run: a finished run; its config says which data set is private and which is public.
+        cfg: holds ``evaluator`` and ``seed``.
+        samples: the synthetic data; the run's own unless another folder is named.
+    """
+    own = run.config()
+    metrics, meta = instantiate(cfg.evaluator)(
+        synthetic=read_image_folder(samples or run.samples_dir),
+        public_only=(
+            read_image_folder(run.public_only_dir) if run.public_only_dir.is_dir() else None
+        ),
+        real_train=load_images(own, split="train"),
+        real_test=load_images(own, split="test"),
+        public=load_public(own) if is_on(own.public) else None,
+        seed=cfg.seed,
+    )
+    looks = sorted(name for name, entry in meta.items() if entry["private"])
+    run.record_look(
+        f"Evaluation (evaluator={cfg.evaluator._target_}) compared the synthetic data with private "
+        "images.",
+        looks,
+    )
+    run.write_metrics(metrics, meta)
+
+
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Evaluate a finished run, or any image folder against its private data set."""
+    run = Run.open(cfg.run)
+    if not is_on(cfg.evaluator):
+        raise UserError("evaluator=none measures nothing; choose one, such as evaluator=quick.")
+    samples = Path(cfg.samples) if cfg.samples else run.samples_dir
+    if not samples.is_dir():
+        raise UserError(
+            f"samples={samples} is not a directory; draw samples first with "
+            f"python -m dp_synth.sample run={run.path}."
+        )
+    evaluate_run(run, cfg, samples)
+    print_metrics(run)
+
+
+if __name__ == "__main__":
+    main()

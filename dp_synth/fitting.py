@@ -1,0 +1,113 @@
+"""Fits a diffusion model to images under a plan; the same code with and without privacy."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+
+from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO
+from dp_synth.data.images import Images
+from dp_synth.data.module import ImageDataModule
+from dp_synth.module import DiffusionModule
+from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C or by trainer.max_time after a whole step, and was saved."""
+
+
+class GracefulInterrupt(Callback):
+    """Lets the step in progress end on Ctrl-C, so that no noisy update is half made.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Take over SIGINT."""
+        self.previous = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Stop after a whole step."""
+        if self.asked:
+            trainer.should_stop = True
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Give SIGINT back."""
+        if hasattr(self, "previous"):
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def fit(
+    module: DiffusionModule,
+    images: Images,
+    plan: PrivacyPlan | PublicPlan,
+    trainer_cfg: DictConfig,
+    *,
+    caption: str,
+    logger: Any = None,
+    checkpoints: PeriodicCheckpoint | None = None,
+    resume_from: Path | None = None,
+) -> None:
+    """Take the plan's steps, or what is left of them.
+
+    Args:
+        module: trained in place.
+        images: the training split; one logical batch of it per step, as the plan draws them.
+        plan: batches, their number, and the callbacks that make training private.
+        trainer_cfg: the ``trainer`` group.
+        caption: what the progress bar says.
+        logger: a Lightning logger, or None.
+        checkpoints: where to save, or None for a phase that is cheap to repeat.
+        resume_from: a checkpoint of this plan.
+
+    Raises:
+        Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
+    """
+    callbacks = [*plan.callbacks(caption, trainer_cfg.micro_batch_size), GracefulInterrupt()]
+    trainer = lightning.Trainer(
+        accelerator=trainer_cfg.accelerator,
+        devices=trainer_cfg.devices,
+        precision=trainer_cfg.precision,
+        max_time=trainer_cfg.max_time,
+        max_steps=plan.steps,
+        max_epochs=-1,
+        callbacks=[*callbacks, *([checkpoints] if checkpoints else [])],
+        plugins=[SafeCheckpointIO()],
+        logger=logger if logger is not None else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    )
+    data = ImageDataModule(
+        images, lambda steps_taken: plan.batches(module.randomness, first_step=steps_taken)
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    if trainer.global_step < plan.steps:
+        if checkpoints is not None:
+            checkpoints.save(trainer)
+        raise Interrupted(f"{trainer.global_step} of {plan.steps} steps taken")

@@ -1,0 +1,1 @@
+"""What a synthetic data set is worth: utility and fidelity, each marked private or not."""

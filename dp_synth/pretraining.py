@@ -1,0 +1,65 @@
+"""The public prior: trained once per configuration, kept in a cache, reused by later runs."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from diffusers import UNet2DModel
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import dp_synth
+from dp_synth.building import build_module, build_network
+from dp_synth.data.images import Images
+from dp_synth.fitting import fit
+from dp_synth.privacy.plan import PublicPlan
+from dp_synth.runs import Run
+
+
+def cache_key(cfg: DictConfig) -> str:
+    """A hash of everything that the public model depends on."""
+    relevant = OmegaConf.to_container(
+        OmegaConf.create({"public": cfg.public, "model": cfg.model, "seed": cfg.seed}), resolve=True
+    )
+    assert isinstance(relevant, dict)
+    for key in ("cache",):
+        relevant["public"].pop(key)
+    for key in ("lr", "trainable"):  # of the private phase
+        relevant["model"].pop(key)
+    relevant["version"] = dp_synth.__version__
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_public(cfg: DictConfig) -> Images:
+    """The public images."""
+    return instantiate(cfg.public.load, split="train")
+
+
+def pretrained(cfg: DictConfig, images: Images) -> tuple[UNet2DModel, tuple[str, ...]]:
+    """The public model and its class names, from the cache or trained now.
+
+    The cache holds run directories of their own, each written under another name and renamed when
+    it is whole, so that an interrupted or a parallel pre-training leaves nothing half-written.
+    """
+    directory = Path(cfg.public.cache).expanduser() / "pretrained" / cache_key(cfg)
+    run = Run(directory)
+    if not run.has_model():
+        _pretrain(cfg, images, directory)
+    return run.load_model()
+
+
+def _pretrain(cfg: DictConfig, images: Images, directory: Path) -> None:
+    plan = PublicPlan(
+        batch_size=cfg.public.batch_size, steps=cfg.public.steps, num_examples=len(images)
+    )
+    net = build_network(cfg, images.shape, len(images.classes))
+    module = build_module(cfg, net, plan, lr=cfg.public.lr)
+    fit(module, images, plan, cfg.trainer, caption="public pre-training")
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    run = Run.create(staging, cfg)
+    run.write_statement(plan.statement(plan.steps, status="finished"))
+    run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))
+    if not directory.exists():
+        staging.rename(directory)

@@ -1,0 +1,160 @@
+"""Makes a Lightning run private: the one file that knows both Lightning and Opacus."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from opacus.accountants import create_accountant
+from opacus.optimizers import DPOptimizerFastGradientClipping
+from torch import nn
+
+from dp_synth.data.module import Batch
+from dp_synth.errors import UserError
+from dp_synth.module import DiffusionModule, MakeOptimizer
+from dp_synth.privacy.clipping import ClippingEngine, check_engine
+from dp_synth.privacy.plan import PrivacyPlan
+
+# Examples in the self-check: enough to have clipped and unclipped ones, few enough for seconds.
+_CHECKED_EXAMPLES = 5
+
+
+class PrivacyEngineCallback(Callback):
+    """Attaches the clipping engine, swaps in the noising optimizer, counts steps, stops in time.
+
+    Built from Opacus' parts rather than from ``PrivacyEngine.make_private``, which wants to own the
+    data loader and rounds the sampling rate. Every optimizer step adds noise once and is counted
+    once, by the same hook; a step beyond the planned ones is refused before it reads its batch.
+
+    Args:
+        plan: a calibrated plan.
+        micro_batch_size: rows of one backward; None puts a logical batch into one.
+    """
+
+    def __init__(self, plan: PrivacyPlan, micro_batch_size: int | None = None) -> None:
+        if plan.noise_multiplier is None:
+            raise ValueError("the plan must be calibrated: call plan.calibrate() first")
+        self.plan = plan
+        self.micro_batch_size = micro_batch_size
+        self.accountant = create_accountant("prv")
+
+    @property
+    def steps_taken(self) -> int:
+        """Noisy updates made so far, by the accountant's own history."""
+        return sum(steps for _, _, steps in self.accountant.history)
+
+    @property
+    def eps(self) -> float:
+        """eps spent so far: a function of the plan and the number of steps alone."""
+        return self.plan.epsilon(self.steps_taken)
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Put engine and optimizer in place, then check the engine; no private image is read."""
+        assert isinstance(pl_module, DiffusionModule)
+        if trainer.world_size != 1:
+            raise UserError(
+                f"trainer.devices gives {trainer.world_size} processes, and private training runs "
+                "on one: trainer.devices=1 would work."
+            )
+        engine = ClippingEngine(
+            pl_module.net,
+            self.plan.max_grad_norm,
+            micro_batch_size=self.micro_batch_size,
+            mode=self.plan.engine,
+        )
+        pl_module.engine = engine
+        pl_module.make_optimizer = self._noising(pl_module.make_optimizer)
+        self._check(engine, pl_module, trainer.strategy.root_device)
+
+    def _check(
+        self, engine: ClippingEngine, pl_module: DiffusionModule, device: torch.device
+    ) -> None:
+        """Compare the engine with brute force on random rows of the run's shapes."""
+        channels, (height, width) = (
+            pl_module.net.config.in_channels,
+            pl_module.net.config.sample_size,
+        )
+        images = torch.randint(0, 256, (_CHECKED_EXAMPLES, channels, height, width))
+        labels = torch.randint(0, pl_module.no_label, (_CHECKED_EXAMPLES,))
+        batch = Batch(torch.arange(_CHECKED_EXAMPLES), images.byte().to(device), labels.to(device))
+        pl_module.net.to(device)
+        check_engine(
+            engine,
+            pl_module.diffusion.row_loss(pl_module.net),
+            pl_module.draw_rows(batch, step=0),
+            multiplicity=pl_module.multiplicity,
+        )
+
+    def _noising(self, make_optimizer: MakeOptimizer) -> MakeOptimizer:
+        """The same optimizer, fed with the noised sum divided by the expected batch size."""
+
+        def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+            optimizer = DPOptimizerFastGradientClipping(
+                make_optimizer(parameters),
+                noise_multiplier=self.plan.noise_multiplier,
+                max_grad_norm=self.plan.max_grad_norm,
+                expected_batch_size=self.plan.batch_size,
+            )
+            optimizer.attach_step_hook(self._count)
+            return optimizer
+
+        return make
+
+    def _count(self, optimizer: DPOptimizerFastGradientClipping) -> None:
+        self.accountant.step(
+            noise_multiplier=optimizer.noise_multiplier, sample_rate=self.plan.sample_rate
+        )
+
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Make what draws from torch's global generator (dropout) private as well."""
+        if self.plan.unsafe_repeatable_randomness is None:
+            torch.seed()
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refuse a step that the plan does not hold, and give the step its noise."""
+        assert isinstance(pl_module, DiffusionModule)
+        if self.steps_taken >= self.plan.steps:
+            raise RuntimeError(
+                f"the plan's {self.plan.steps} steps are taken and its eps is spent; "
+                "this step is refused"
+            )
+        if trainer.global_step != self.steps_taken:
+            raise RuntimeError(
+                f"{trainer.global_step} optimizer steps but {self.steps_taken} accounted ones; "
+                "training stops, since its eps would be wrong"
+            )
+        (optimizer,) = trainer.optimizers
+        assert isinstance(optimizer, DPOptimizerFastGradientClipping)
+        optimizer.generator = pl_module.randomness.noise_generator(
+            self.steps_taken, pl_module.device
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and the accountant, for the checkpoint."""
+        return {"plan": self.plan.to_dict(), "accountant": self.accountant.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a checkpoint's accountant.
+
+        Raises:
+            UserError: the checkpoint belongs to another plan.
+        """
+        changed = self.plan.same_mechanism(PrivacyPlan.from_dict(state_dict["plan"]))
+        if changed:
+            keys = ", ".join(f"privacy.{name}" for name in changed)
+            raise UserError(
+                f"The checkpoint was made under another plan ({keys} differ); a run resumes with "
+                "the plan that it began with."
+            )
+        self.accountant.load_state_dict(state_dict["accountant"])

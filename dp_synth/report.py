@@ -1,0 +1,66 @@
+"""``python -m dp_synth.report runs=[DIR,...]``: one HTML page for one or many runs."""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import DictConfig, ListConfig
+
+from dp_synth import __version__
+from dp_synth.cli import command
+from dp_synth.errors import UserError
+from dp_synth.reporting import charts
+from dp_synth.reporting.comparison import accuracy_charts
+from dp_synth.reporting.content import odds_factor, read_content, round_up
+from dp_synth.runs import Run, write_atomically
+
+
+def report_runs(runs: list[Run], out: Path) -> None:
+    """Write one self-contained page about ``runs``.
+
+    The page loads nothing from anywhere and runs no script. It is made from the statements, the
+    metrics, and the images of ``public/`` and ``samples/``: the private data are not opened and
+    need not be there. What a run does not have is replaced by a sentence.
+
+    Args:
+        runs: at least one.
+        out: the page; replaced if it is there.
+
+    Raises:
+        UserError: no run is given, or the folder of ``out`` does not exist.
+    """
+    if not runs:
+        raise UserError("runs=[] names no run; give runs=[DIR,...].")
+    if not out.parent.is_dir():
+        raise UserError(f"out={out} lies in no existing folder; make {out.parent} first.")
+    contents = [read_content(run) for run in runs]
+    page = _environment().get_template("page.html.j2")
+    html = page.render(runs=contents, charts=accuracy_charts(contents), version=__version__)
+    write_atomically(out, html)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dp_synth.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(round_up=round_up, odds_factor=odds_factor)
+    environment.globals.update(interval_bar=charts.interval_bar, scale_legend=charts.scale_legend)
+    return environment
+
+
+@command("report")
+def main(cfg: DictConfig) -> None:
+    """Write the page of one run into it, of several runs into the working directory."""
+    names = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    runs = [Run.open(str(name)) for name in names]
+    default = runs[0].report_path if len(runs) == 1 else Path("report.html")
+    out = Path(cfg.out) if cfg.out else default
+    report_runs(runs, out)
+    print(f"Report of {len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
+
+
+if __name__ == "__main__":
+    main()

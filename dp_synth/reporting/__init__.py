@@ -1,0 +1,1 @@
+"""The parts of the report page: what it says, its charts, its picture grids, its layout."""

@@ -1,0 +1,152 @@
+"""Picture grids of a run's public and synthetic images, one row a class, one PNG a grid.
+
+Only ``public/`` and ``samples/`` of a run directory are opened here: a report shows no private
+image and can be made where the private data are not.
+"""
+
+import base64
+import io
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from dp_synth.runs import Run
+
+_COLUMNS = 8
+_MAX_CLASSES = 20
+_MAX_SIDE = 96  # larger images are shrunk: the page is to be mailed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One grid, ready for the page.
+
+    Attributes:
+        title: what the images are.
+        note: where they come from.
+        classes: names of the rows, from the top.
+        hidden_classes: how many more classes there are.
+        src: a ``data:`` URI; None where there is nothing to show.
+        missing: the sentence to show instead.
+        cell: shown cell ``(width, height)`` in pixels of the PNG.
+        colour: whether an image has three channels.
+    """
+
+    title: str
+    note: str
+    missing: str
+    classes: tuple[str, ...] = ()
+    hidden_classes: int = 0
+    src: str | None = None
+    columns: int = 0
+    cell: tuple[int, int] = (1, 1)
+    colour: bool = False
+
+
+def run_grids(run: Run, private: bool) -> list[Grid]:
+    """Real public images, samples of the public model, samples of the final model."""
+    released = (
+        "Drawn from the model after private fine-tuning: the released data."
+        if private
+        else "Drawn from the model after fine-tuning without privacy."
+    )
+    return [
+        read_grid(
+            run.public_examples_dir,
+            "Real public images",
+            "What the model was pre-trained on. No private image appears on this page.",
+            "This run has no public images: the model began from random weights.",
+        ),
+        read_grid(
+            run.public_only_dir,
+            "Public model alone",
+            "Drawn before the model saw a private image (eps = 0).",
+            "This run has no samples of a public model.",
+        ),
+        read_grid(
+            run.samples_dir,
+            "Synthetic data" if private else "Samples without privacy",
+            released,
+            "This run has no synthetic images yet.",
+        ),
+    ]
+
+
+def read_grid(root: Path, title: str, note: str, missing: str) -> Grid:
+    """A grid of the first images of each class folder of ``root``; ``missing`` where there is none.
+
+    Links that lead out of ``root`` are passed over: behind them could lie anything. Images of
+    another size than the first are scaled to it.
+    """
+    folders = class_folders(root)
+    shown = folders[:_MAX_CLASSES]
+    try:
+        rows = [[_open(path) for path in _first_files(folder, root)] for folder in shown]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return Grid(title, note, f"The images of {root.name}/ cannot be read: a file is damaged.")
+    images = [image for row in rows for image in row]
+    if not images:
+        return Grid(title, note, missing)
+    width, height = cell = _cell(images[0])
+    gap = max(1, round(min(cell) / 14))
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGBA", (columns * (width + gap) - gap, len(rows) * (height + gap)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            fitted = image if image.size == cell else image.resize(cell, Image.Resampling.BOX)
+            sheet.paste(fitted, (x * (width + gap), y * (height + gap) + gap // 2))
+    return Grid(
+        title=title,
+        note=note,
+        missing=missing,
+        classes=tuple(folder.name for folder in shown),
+        hidden_classes=len(folders) - len(shown),
+        src=_data_uri(sheet),
+        columns=columns,
+        cell=cell,
+        colour=any(image.mode == "RGB" for image in images),
+    )
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The class folders of ``root``, ``2`` before ``10``; empty if there is no such folder."""
+    if not root.is_dir():
+        return []
+    folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return sorted(folders, key=lambda folder: _natural(folder.name))
+
+
+def count_images(root: Path) -> int:
+    """How many PNG files the class folders of ``root`` hold; none is opened."""
+    return sum(1 for folder in class_folders(root) for _ in folder.glob("*.png"))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _first_files(folder: Path, root: Path) -> list[Path]:
+    inside = root.resolve()
+    files = sorted(folder.glob("*.png"))
+    return list(islice((p for p in files if p.resolve().is_relative_to(inside)), _COLUMNS))
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path, formats=("PNG",)) as image:
+        return image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
+
+
+def _cell(image: Image.Image) -> tuple[int, int]:
+    shrink = max(1.0, max(image.size) / _MAX_SIDE)
+    return max(1, round(image.width / shrink)), max(1, round(image.height / shrink))
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

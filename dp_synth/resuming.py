@@ -1,0 +1,41 @@
+"""``run=DIR resume=true``: the run's own config, whatever else was typed must agree with it."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from dp_synth.errors import UserError
+from dp_synth.runs import Run
+
+# What may change between two sittings of one run: where it computes and logs, not what.
+_FREE = {"run", "resume", "run_dir", "trainer", "logger", "objective", "hydra"}
+
+
+def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config with which the run ``cfg.run`` continues.
+
+    Args:
+        cfg: the config as composed from the command line.
+        overrides: the command line's ``key=value`` arguments.
+
+    Raises:
+        UserError: no run is named, it does not exist, or an override contradicts its config.
+    """
+    if cfg.run is None:
+        raise UserError("resume=true needs run=DIR, the directory of the run to be continued.")
+    stored = Run.open(cfg.run).config()
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0].replace("/", ".")
+        if key.split(".")[0] in _FREE:
+            continue
+        began_with, asked = OmegaConf.select(stored, key), OmegaConf.select(cfg, key)
+        if began_with != asked:
+            raise UserError(
+                f"{override} is not what run={cfg.run} began with; a run is continued under the "
+                f"plan that it began with, so leave {key} out."
+            )
+    for group in ("trainer", "logger"):
+        if any(override.lstrip("+~").startswith(group) for override in overrides):
+            stored[group] = cfg[group]
+    stored.run, stored.resume, stored.run_dir = cfg.run, True, cfg.run
+    return stored

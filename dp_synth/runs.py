@@ -1,0 +1,205 @@
+"""The run directory: its names, readers and writers. Nothing else touches its paths."""
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMPipeline, UNet2DModel
+from omegaconf import DictConfig, OmegaConf
+
+from dp_synth.data.folder import read_image_folder, write_image_folder
+from dp_synth.data.images import Images
+from dp_synth.diffusion import Diffusion
+from dp_synth.errors import UserError
+
+
+def default_run_dir(run: str | None, dataset: str, eps: float | None) -> str:
+    """``runs/<date>-<time>-<dataset>-eps<eps>``, or the run to be resumed."""
+    if run is not None:
+        return str(run)
+    label = (
+        "no-privacy" if eps is None else f"eps{eps:g}" if isinstance(eps, float | int) else "eps"
+    )
+    return f"runs/{datetime.now():%Y%m%d-%H%M%S}-{dataset}-{label}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class Run:
+    """One run directory.
+
+    Args:
+        path: the directory; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.privacy_path = self.path / "privacy.json"
+        self.metrics_path = self.path / "metrics.json"
+        self.metrics_meta_path = self.path / "metrics_meta.json"
+        self.model_dir = self.path / "model"
+        self.checkpoints_dir = self.path / "checkpoints"
+        self.samples_dir = self.path / "samples"
+        self.public_only_dir = self.path / "public" / "samples"
+        self.public_examples_dir = self.path / "public" / "examples"
+        self.logs_dir = self.path / "logs"
+        self.report_path = self.path / "report.html"
+
+    @classmethod
+    def create(cls, path: str | Path, cfg: DictConfig) -> "Run":
+        """Begin a run: the directory and its ``config.yaml``.
+
+        Raises:
+            UserError: the directory already holds a run, or cannot be written.
+        """
+        run = cls(path)
+        if run.config_path.exists():
+            raise UserError(
+                f"run_dir={run.path} already holds a run; choose another run_dir, or continue it "
+                f"with run={run.path} resume=true."
+            )
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.config_path, OmegaConf.to_yaml(cfg, resolve=True))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open an existing run.
+
+        Raises:
+            UserError: there is no run.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UserError(f"run={path} is not a directory; name a directory that train wrote.")
+        if not run.config_path.is_file():
+            raise UserError(
+                f"run={path} has no config.yaml, so it is not a run; name a directory that train "
+                "wrote."
+            )
+        return run
+
+    def config(self) -> DictConfig:
+        """The resolved config of the run."""
+        cfg = OmegaConf.load(self.config_path)
+        assert isinstance(cfg, DictConfig)
+        return cfg
+
+    def write_statement(self, statement: dict[str, Any]) -> None:
+        """Write ``privacy.json``."""
+        write_atomically(self.privacy_path, json.dumps(statement, indent=2) + "\n")
+
+    def statement(self) -> dict[str, Any]:
+        """Read ``privacy.json``.
+
+        Raises:
+            UserError: it is missing.
+        """
+        if not self.privacy_path.is_file():
+            raise UserError(f"{self.privacy_path} is missing: the run never began to train.")
+        return json.loads(self.privacy_path.read_text())
+
+    def record_look(self, what: str, metrics: list[str]) -> None:
+        """Add a look at private images that eps does not cover to ``privacy.json``, once."""
+        statement = self.statement()
+        look = {"what": what, "metrics": metrics}
+        if metrics and look not in statement["unaccounted_looks"]:
+            statement["unaccounted_looks"].append(look)
+            self.write_statement(statement)
+
+    def save_model(self, net: UNet2DModel, diffusion: Diffusion, classes: tuple[str, ...]) -> None:
+        """Write ``model/`` so that both a network and a pipeline of diffusers open it.
+
+        ``UNet2DModel.from_pretrained`` wants the weights in the directory itself,
+        ``DDPMPipeline.from_pretrained`` in ``unet/``: they are one file with two names where the
+        file system can do that.
+        """
+        staging = self.path / ".model.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        DDPMPipeline(net, diffusion.schedule).save_pretrained(staging)
+        for file in (staging / "unet").iterdir():
+            try:
+                os.link(file, staging / file.name)
+            except OSError:
+                shutil.copy2(file, staging / file.name)
+        (staging / "classes.json").write_text(json.dumps(list(classes)))
+        shutil.rmtree(self.model_dir, ignore_errors=True)
+        staging.rename(self.model_dir)
+
+    def has_model(self) -> bool:
+        """Whether training came to its end."""
+        return self.model_dir.is_dir()
+
+    def load_model(self) -> tuple[UNet2DModel, tuple[str, ...]]:
+        """The released network and its class names.
+
+        Raises:
+            UserError: the run has no model (it did not finish), or it is damaged.
+        """
+        if not self.has_model():
+            raise UserError(
+                f"run={self.path} has no model/: training did not finish; continue it with "
+                f"run={self.path} resume=true."
+            )
+        try:
+            classes = json.loads((self.model_dir / "classes.json").read_text())
+            return UNet2DModel.from_pretrained(self.model_dir, low_cpu_mem_usage=False), tuple(
+                classes
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.model_dir} cannot be read as a model of this program: it is damaged or "
+                "was written by something else."
+            ) from error
+
+    def next_samples_dir(self) -> Path:
+        """``samples/``, else the first free one of ``samples-2/``, ``samples-3/``, ..."""
+        if not self.samples_dir.exists():
+            return self.samples_dir
+        number = 2
+        while (candidate := self.path / f"samples-{number}").exists():
+            number += 1
+        return candidate
+
+    def write_metrics(self, metrics: dict[str, float], meta: dict[str, dict[str, Any]]) -> None:
+        """Write ``metrics.json`` and ``metrics_meta.json``."""
+        write_atomically(self.metrics_path, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        write_atomically(self.metrics_meta_path, json.dumps(meta, indent=2, sort_keys=True) + "\n")
+
+    def metrics(self) -> dict[str, float]:
+        """Read ``metrics.json``; empty if the run was not evaluated."""
+        return json.loads(self.metrics_path.read_text()) if self.metrics_path.is_file() else {}
+
+    def metrics_meta(self) -> dict[str, dict[str, Any]]:
+        """Read ``metrics_meta.json``; empty if the run was not evaluated."""
+        path = self.metrics_meta_path
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_samples(images: Images, directory: Path, card: str) -> None:
+    """Write a synthetic data set and its card, whole or not at all.
+
+    Raises:
+        UserError: the directory exists.
+    """
+    if directory.exists():
+        raise UserError(f"out={directory} exists; a data set is never overwritten, choose another.")
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    write_image_folder(images, staging)
+    (staging / "README.md").write_text(card)
+    staging.rename(directory)
+
+
+def read_samples(directory: Path) -> Images:
+    """Read a synthetic data set."""
+    return read_image_folder(directory)

@@ -1,0 +1,120 @@
+"""A sampler is a function (denoiser, noise) -> images; the step rules are diffusers' schedulers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dp_synth.data.images import Images
+from dp_synth.data.pixels import to_uint8
+from dp_synth.diffusion import Denoiser, Diffusion, guided
+from dp_synth.errors import UserError
+
+
+def integrate(
+    denoise: Denoiser, noise: Tensor, scheduler: Any, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Run the reverse process with a diffusers scheduler.
+
+    Args:
+        denoise: ``(x [R,C,H,W], t [R]) -> x0``.
+        noise: standard normal, [R,C,H,W].
+        scheduler: a diffusers scheduler configured with ``prediction_type="sample"``.
+        steps: network evaluations (twice as many less one for second-order schedulers).
+        generator: for schedulers that add noise.
+
+    Returns:
+        Images in [-1, 1], [R,C,H,W].
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    x = noise * scheduler.init_noise_sigma
+    # Only stochastic rules take a generator; a deterministic one would reject the argument.
+    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    extra = {"generator": generator} if takes_generator else {}
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        x0 = denoise(scaled, t.long().expand(len(x)))
+        x = scheduler.step(x0, t, x, **extra).prev_sample
+    return x.clamp(-1, 1)
+
+
+class Sampler:
+    """Draws labelled images from a class-conditional model.
+
+    Args:
+        scheduler: ``from_config`` of a diffusers scheduler, its own options already applied; it is
+            called with the training schedule.
+        steps: number of inference steps.
+        num_images: images to draw.
+        labels: "uniform": every class equally often. The true proportions are private.
+        guidance: classifier-free guidance strength; 0 is off.
+        batch_size: images per network call.
+    """
+
+    def __init__(
+        self,
+        scheduler: Callable[..., Any],
+        steps: int,
+        num_images: int,
+        labels: str = "uniform",
+        guidance: float = 0.0,
+        batch_size: int = 500,
+    ) -> None:
+        self.scheduler = scheduler
+        self.steps = _positive("sampler.steps", steps)
+        self.num_images = _positive("sampler.num_images", num_images)
+        self.batch_size = _positive("sampler.batch_size", batch_size)
+        self.guidance = guidance
+        if labels != "uniform":
+            raise UserError(f"sampler.labels={labels} is unknown; uniform would work.")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        net: UNet2DModel,
+        diffusion: Diffusion,
+        classes: tuple[str, ...],
+        seed: int,
+        what: str = "sampling",
+    ) -> Images:
+        """Draw ``num_images`` images, labels cycling through the classes.
+
+        Args:
+            net: the trained network; its label table ends with the row for "no label".
+            classes: class names in label order.
+            seed: public; the same seed and batch size give the same images.
+            what: caption of the progress bar.
+        """
+        device = next(net.parameters()).device
+        shape = (net.config.in_channels, *net.config.sample_size)
+        labels = torch.arange(self.num_images) % len(classes)
+        generator = torch.Generator(device).manual_seed(seed)
+        pixels = []
+        was_training = net.training
+        net.eval()
+        with tqdm(total=self.num_images, desc=what, unit="image") as progress:
+            for y in labels.split(self.batch_size):
+                y = y.to(device)
+                denoise = guided(
+                    diffusion.denoiser(net, y),
+                    diffusion.denoiser(net, torch.full_like(y, len(classes))),
+                    self.guidance,
+                )
+                noise = torch.randn(len(y), *shape, device=device, generator=generator)
+                # A fresh one per batch: multi-step schedulers remember earlier network outputs.
+                scheduler = self.scheduler(diffusion.schedule.config, prediction_type="sample")
+                x = integrate(denoise, noise, scheduler, self.steps, generator)
+                pixels.append(to_uint8(x))
+                progress.update(len(y))
+        net.train(was_training)
+        return Images(np.concatenate(pixels), labels.numpy(), classes)
+
+
+def _positive(key: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value} must be a whole number of at least 1.")
+    return value

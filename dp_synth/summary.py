@@ -1,0 +1,38 @@
+"""The closing lines of a command."""
+
+from dp_synth.runs import Run
+
+_ROWS = (
+    ("public data alone (eps = 0)", "utility/accuracy.public_only"),
+    ("private synthetic data", "utility/accuracy"),
+    ("real training data", "utility/accuracy.real"),
+)
+
+
+def print_summary(run: Run) -> None:
+    """Where everything is, what it cost, what it is worth."""
+    statement = run.statement()
+    print(f"\nRun        {run.path}")
+    if statement["eps"] is None:
+        print("Privacy    none")
+    else:
+        print(
+            f"Privacy    eps = {statement['eps']:.4g} at delta = {statement['delta']:g}, "
+            f"{statement['steps']} steps ({run.privacy_path})"
+        )
+    if run.samples_dir.is_dir():
+        print(f"Samples    {run.samples_dir}")
+    print_metrics(run)
+    if run.report_path.is_file():
+        print(f"Report     {run.report_path}")
+
+
+def print_metrics(run: Run) -> None:
+    """Downstream accuracy beside its baselines, with 95 % intervals."""
+    metrics = run.metrics()
+    rows = [(label, key) for label, key in _ROWS if key in metrics]
+    if rows:
+        print("Accuracy of a classifier on real test images, trained on")
+    for label, key in rows:
+        low, high = metrics[f"{key}.ci_low"], metrics[f"{key}.ci_high"]
+        print(f"  {label:<28} {metrics[key]:6.1%}   [{low:.1%}, {high:.1%}]")

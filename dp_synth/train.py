@@ -1,0 +1,76 @@
+"""``python -m dp_synth.train``: public pre-training, DP fine-tuning, sampling, evaluation, report."""
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dp_synth.building import build_network, is_on, load_images
+from dp_synth.cli import command
+from dp_synth.evaluate import evaluate_run
+from dp_synth.finetuning import fine_tune
+from dp_synth.fitting import Interrupted
+from dp_synth.networks import carry_over
+from dp_synth.pretraining import load_public, pretrained
+from dp_synth.report import report_runs
+from dp_synth.resuming import run_to_resume
+from dp_synth.runs import Run
+from dp_synth.sample import sample_public_only, sample_run
+from dp_synth.summary import print_summary
+
+
+def train(cfg: DictConfig, path: str) -> Run:
+    """The main job, into the run directory ``path``; what is already there is not done again.
+
+    Args:
+        cfg: the config of ``conf/train.yaml``.
+        path: a run directory that is new, or one that ``resume`` continues.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: something in the config cannot work; raised before a private image is read.
+        Interrupted: training was stopped after a whole step; the run can be continued.
+    """
+    plan = instantiate(cfg.privacy).calibrate()
+    sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
+    public = load_public(cfg) if is_on(cfg.public) else None
+
+    run = Run.open(path) if cfg.resume else Run.create(path, cfg)
+    prior = pretrained(cfg, public) if public is not None else None
+
+    images = load_images(cfg, split="train")
+    net = build_network(cfg, images.shape, len(images.classes))
+    if prior is not None:
+        carry_over(*prior, net, images.classes)
+        if sampler is not None and public is not None:
+            sample_public_only(run, cfg, net, sampler, public, images.classes)
+
+    fine_tune(run, cfg, plan, net, images)
+    if sampler is not None:
+        sample_run(run, cfg, sampler, run.samples_dir)
+        if is_on(cfg.evaluator):
+            evaluate_run(run, cfg)
+    report_runs([run], run.report_path)
+    return run
+
+
+@command("train")
+def main(cfg: DictConfig) -> float | None:
+    """Run the main job and give a sweep its objective."""
+    if cfg.resume:
+        cfg = run_to_resume(cfg, HydraConfig.get().overrides.task)
+    path = cfg.run if cfg.resume else HydraConfig.get().runtime.output_dir
+    try:
+        run = train(cfg, path)
+    except Interrupted as stop:
+        raise SystemExit(
+            f"Stopped: {stop}. The state is saved; continue with\n"
+            f"    python -m dp_synth.train run={path} resume=true"
+        ) from None
+    print_summary(run)
+    return run.metrics().get(cfg.objective)
+
+
+if __name__ == "__main__":
+    main()
