@@ -186,11 +186,11 @@ def test_smaller_chunks_after_larger_ones_leave_nothing_behind(unet):
         assert_same(found, brute_force(unet, loss, unet_rows(rows), 2, engine.max_grad_norm)[0])
 
 
-# ------------------------------------------------------------------------------- one layer at a time
+# ------------------------------------------------------------------------- one layer at a time
 
 
-class Positions(nn.Module):
-    """A layer between two smooth maps, so that its gradients differ from row to row."""
+class Around(nn.Module):
+    """A layer inside a network."""
 
     def __init__(self, layer):
         super().__init__()
@@ -264,14 +264,14 @@ def randomize(net):
 def test_layer_equals_brute_force(name, examples, multiplicity):
     make, shape = LAYERS[name]
     layer = make()
-    net = randomize(Positions(layer))
+    net = randomize(Around(layer))
     x = torch.randn(examples * multiplicity, *shape, dtype=torch.float64)
     check(net, square_loss(net), (x,), multiplicity)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_passes_the_right_gradient_on(name):
-    """A scale before the layer is trained too, by a layer with a rule, through the layer's input gradient."""
+    """A trained layer in front gets its gradient through this one's input gradient."""
     make, shape = LAYERS[name]
     first = nn.Linear(shape[-1], shape[-1])
     net = randomize(nn.Sequential(first, make()))
@@ -283,7 +283,7 @@ def test_layer_passes_the_right_gradient_on(name):
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_half_frozen_layers(name, frozen):
     make, shape = LAYERS[name]
-    net = randomize(Positions(make()))
+    net = randomize(Around(make()))
     getattr(net.layer, frozen).requires_grad_(False)
     x = torch.randn(6, *shape, dtype=torch.float64)
     check(net, square_loss(net), (x,), 2)
@@ -303,7 +303,7 @@ def test_embedding(examples, multiplicity, shape, padding_idx):
 @pytest.mark.parametrize("name", ["conv", "conv stride", "group norm"])
 def test_layer_in_channels_last(name):
     make, shape = LAYERS[name]
-    net = randomize(Positions(make()))
+    net = randomize(Around(make()))
     x = torch.randn(6, *shape, dtype=torch.float64).to(memory_format=torch.channels_last)
     # The oracle gets contiguous rows: torch's own group norm backward crashes on
     # channels_last input that needs no gradient (seen with 2.13).

@@ -130,8 +130,8 @@ def train_classifier(
         lr: peak learning rate.
         weight_decay: AdamW's decoupled decay.
         label_smoothing: share of the target spread evenly over the classes, 0..1.
-        max_shift: greatest random translation each way, in pixels, edges repeated; ``None``: an
-            eighth of the shorter side.
+        max_shift: greatest random translation each way, in pixels, edges repeated; ``None``: a
+            sixteenth of the shorter side.
         elastic: standard deviation of a smooth random displacement, in pixels.
         width: channels of the network's first convolution.
         seed: fixes initial weights, order and augmentation.
@@ -153,7 +153,7 @@ def train_classifier(
     model = _initialise(images, width, seed).to(device)
     x = to_float(images.pixels).to(device)
     y = torch.tensor(images.labels, device=device)
-    max_shift = min(x.shape[2:]) // 8 if max_shift is None else max_shift
+    max_shift = min(x.shape[2:]) // 16 if max_shift is None else max_shift
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))

@@ -57,8 +57,10 @@ def interval_bar(interval: Interval, scale: Scale, kind: str) -> Markup:
         scale: shared by the rows of one table.
         kind: a CSS class: ``private``, ``public`` or ``real``.
     """
-    grid = [_line(f"{_percent(scale, t)}%", "0", f"{_percent(scale, t)}%", "100%", "grid")
-            for t in scale.ticks]  # fmt: skip
+    grid = [
+        _line(f"{_percent(scale, t)}%", "0", f"{_percent(scale, t)}%", "100%", "grid")
+        for t in scale.ticks
+    ]
     whisker = (
         []
         if interval.low is None or interval.high is None
@@ -116,7 +118,7 @@ def accuracy_over_eps(
 ) -> Markup:
     """Accuracy of private synthetic data over eps (logarithmic), one mark with whiskers a run.
 
-    The line joins the means of runs of one eps; dashed lines are the mean baselines.
+    The line joins the means of runs of one eps, up to 2 digits; dashed lines are mean baselines.
 
     Args:
         outcomes: at least one, of one data set.
@@ -126,7 +128,11 @@ def accuracy_over_eps(
     baselines = [("public only", public_only, "public"), ("real data", real, "real")]
     known = [Interval(value) for _, value, _ in baselines if value is not None]
     ys = proportion_scale([*(o.accuracy for o in outcomes), *known])
-    ticks = sorted({o.eps for o in outcomes})
+    # Calibration leaves eps a little below its target: without rounding, 9.99 and 10 would collide.
+    groups: dict[float, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.eps):
+        groups.setdefault(float(f"{outcome.eps:.2g}"), []).append(outcome)
+    ticks = list(groups)
     shares = _log_shares(ticks)
     body = _axes(ticks, [shares[t] for t in ticks], ys, "eps (log scale)", "accuracy", ".0%")
     for label, value, kind in baselines:
@@ -136,16 +142,15 @@ def accuracy_over_eps(
             body.append(
                 f'<text x="{_LEFT + 6}" y="{float(y) - 6:.1f}" class="{kind}">{label}</text>'
             )
-    means = [_mean([o.accuracy.value for o in outcomes if o.eps == eps]) for eps in ticks]
+    means = [_mean([o.accuracy.value for o in group]) for group in groups.values()]
     path = " ".join(
         f"{_x(shares[eps]):.1f},{_y(ys.share(mean)):.1f}"
         for eps, mean in zip(ticks, means, strict=True)
     )
     body.append(f'<polyline points="{path}" class="curve thin"/>')
-    for eps in ticks:
-        here = [outcome for outcome in outcomes if outcome.eps == eps]
-        for place, outcome in enumerate(here):
-            x = _x(shares[eps]) + 10 * (place - (len(here) - 1) / 2)
+    for eps, group in groups.items():
+        for place, outcome in enumerate(group):
+            x = _x(shares[eps]) + 10 * (place - (len(group) - 1) / 2)
             body.append(_outcome(outcome, x, ys))
     return _figure(body, "Accuracy over eps")
 
@@ -194,12 +199,10 @@ def _axes(
             f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:{y_format}}</text>'
         )
     for tick, share in zip(x_ticks, x_shares, strict=True):
+        text = f"{tick:,.4g}" if tick < 1e4 else f"{tick:,.0f}"
         parts.append(
             f'<text x="{_x(share):.1f}" y="{_HEIGHT - _BOTTOM + 18}" '
-            f'text-anchor="middle">{tick:,.4g}</text>'
-            if tick < 1e4
-            else f'<text x="{_x(share):.1f}" y="{_HEIGHT - _BOTTOM + 18}" '
-            f'text-anchor="middle">{tick:,.0f}</text>'
+            f'text-anchor="middle">{text}</text>'
         )
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(

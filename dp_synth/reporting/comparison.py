@@ -11,7 +11,7 @@ from dp_synth.reporting.content import Content
 def accuracy_charts(contents: Sequence[Content]) -> list[tuple[str, Markup]]:
     """(data set, chart of accuracy over eps) for each data set that has two private runs or more.
 
-    Runs without privacy, without metrics or with an unusable eps have no place on the axis.
+    Runs without privacy, with a void guarantee or without metrics have no place on the axis.
     """
     charts = []
     for dataset in sorted({content.dataset for content in contents}):
@@ -19,7 +19,7 @@ def accuracy_charts(contents: Sequence[Content]) -> list[tuple[str, Markup]]:
         outcomes = [
             Outcome(content.name, content.eps, metric.interval)
             for content in here
-            if content.eps is not None and content.eps > 0
+            if content.eps is not None and content.eps > 0 and not content.void
             if (metric := content.usefulness.find("utility/accuracy")) is not None
         ]
         if len(outcomes) > 1:

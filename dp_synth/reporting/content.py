@@ -72,6 +72,7 @@ class Content:
     name: str
     dataset: str
     public: str | None
+    stated: bool
     private: bool
     void: bool
     eps: float | None
@@ -107,6 +108,7 @@ def read_content(run: Run) -> Content:
         name=run.path.resolve().name,
         dataset=str(OmegaConf.select(cfg, "dataset.name") or "unnamed data"),
         public=_public_name(cfg),
+        stated=bool(statement),
         private=eps is not None,
         void=_is_void(statement),
         eps=eps,
@@ -195,13 +197,17 @@ def _banners(statement: Mapping[str, Any]) -> list[Banner]:
                 "whoever knows its seed can undo the noise. The eps below does not hold.",
             )
         )
-    if statement.get("status") != "finished":
+    status = statement.get("status", "unknown")
+    if status != "finished":
+        whole_plan = (
+            " The eps below is that of the whole plan, since a run in progress must not "
+            "under-state what it may spend."
+        )
         banners.append(
             Banner(
                 "Unfinished",
-                f"The status of this run is “{statement.get('status', 'unknown')}”. The eps "
-                "below is that of the whole plan, since a run in progress must not under-state "
-                "what it may spend. Do not release its files.",
+                f"The status of this run is “{status}”, not “finished”. Do not release its files."
+                + (whole_plan if status == "running" else ""),
             )
         )
     return banners

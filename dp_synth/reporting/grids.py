@@ -1,4 +1,4 @@
-"""Picture grids of a run's public and synthetic images, one row a class, one PNG a grid.
+"""Picture grids of a run's public and synthetic images, class by class, one PNG a grid.
 
 Only ``public/`` and ``samples/`` of a run directory are opened here: a report shows no private
 image and can be made where the private data are not.
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dp_synth.runs import Run
 
-_COLUMNS = 8
+_FEW_CLASSES = 4  # up to here a class gets two rows of larger cells
 _MAX_CLASSES = 20
 _MAX_SIDE = 96  # larger images are shrunk: the page is to be mailed
 
@@ -27,11 +27,10 @@ class Grid:
     Attributes:
         title: what the images are.
         note: where they come from.
-        classes: names of the rows, from the top.
+        classes: names of the classes, from the top; each has equally many rows.
         hidden_classes: how many more classes there are.
         src: a ``data:`` URI; None where there is nothing to show.
         missing: the sentence to show instead.
-        cell: shown cell ``(width, height)`` in pixels of the PNG.
         colour: whether an image has three channels.
     """
 
@@ -41,17 +40,15 @@ class Grid:
     classes: tuple[str, ...] = ()
     hidden_classes: int = 0
     src: str | None = None
-    columns: int = 0
-    cell: tuple[int, int] = (1, 1)
     colour: bool = False
 
 
 def run_grids(run: Run, private: bool) -> list[Grid]:
     """Real public images, samples of the public model, samples of the final model."""
     released = (
-        "Drawn from the model after private fine-tuning: the released data."
+        "Drawn from the model after private fine-tuning."
         if private
-        else "Drawn from the model after fine-tuning without privacy."
+        else "Drawn from a model that has no privacy guarantee."
     )
     return [
         read_grid(
@@ -68,7 +65,7 @@ def run_grids(run: Run, private: bool) -> list[Grid]:
         ),
         read_grid(
             run.samples_dir,
-            "Synthetic data" if private else "Samples without privacy",
+            "Synthetic images",
             released,
             "This run has no synthetic images yet.",
         ),
@@ -83,21 +80,27 @@ def read_grid(root: Path, title: str, note: str, missing: str) -> Grid:
     """
     folders = class_folders(root)
     shown = folders[:_MAX_CLASSES]
+    rows_per_class, columns = (2, 5) if len(shown) <= _FEW_CLASSES else (1, 8)
     try:
-        rows = [[_open(path) for path in _first_files(folder, root)] for folder in shown]
+        by_class = [
+            [_open(path) for path in _first_files(folder, root, rows_per_class * columns)]
+            for folder in shown
+        ]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return Grid(title, note, f"The images of {root.name}/ cannot be read: a file is damaged.")
-    images = [image for row in rows for image in row]
+    images = [image for row in by_class for image in row]
     if not images:
         return Grid(title, note, missing)
     width, height = cell = _cell(images[0])
     gap = max(1, round(min(cell) / 14))
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGBA", (columns * (width + gap) - gap, len(rows) * (height + gap)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
+    rows = rows_per_class * len(shown)
+    sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap)))
+    for label, row in enumerate(by_class):
+        for place, image in enumerate(row):
+            y, x = divmod(place, columns)
             fitted = image if image.size == cell else image.resize(cell, Image.Resampling.BOX)
-            sheet.paste(fitted, (x * (width + gap), y * (height + gap) + gap // 2))
+            corner = (x * (width + gap), (label * rows_per_class + y) * (height + gap) + gap // 2)
+            sheet.paste(fitted, corner)
     return Grid(
         title=title,
         note=note,
@@ -105,17 +108,19 @@ def read_grid(root: Path, title: str, note: str, missing: str) -> Grid:
         classes=tuple(folder.name for folder in shown),
         hidden_classes=len(folders) - len(shown),
         src=_data_uri(sheet),
-        columns=columns,
-        cell=cell,
         colour=any(image.mode == "RGB" for image in images),
     )
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The class folders of ``root``, ``2`` before ``10``; empty if there is no such folder."""
+    """The class folders of ``root``, no links, ``2`` before ``10``; empty if there is no ``root``."""
     if not root.is_dir():
         return []
-    folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    folders = [
+        path
+        for path in root.iterdir()
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+    ]
     return sorted(folders, key=lambda folder: _natural(folder.name))
 
 
@@ -130,10 +135,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _first_files(folder: Path, root: Path) -> list[Path]:
+def _first_files(folder: Path, root: Path, count: int) -> list[Path]:
     inside = root.resolve()
     files = sorted(folder.glob("*.png"))
-    return list(islice((p for p in files if p.resolve().is_relative_to(inside)), _COLUMNS))
+    return list(islice((p for p in files if p.resolve().is_relative_to(inside)), count))
 
 
 def _open(path: Path) -> Image.Image:

@@ -12,8 +12,8 @@ from dp_synth.privacy.clipping.loop import RowLoss
 
 # Random draws of the perturbation are the same in every run: the check depends on nothing secret.
 _SEED = 0
-# Parameters move by a tenth of their size, and by 0.02 where they are zero: enough that no gradient vanishes
-# identically (LoRA's second factor starts at zero, and with it the first one's gradient).
+# Parameters move by a tenth of their size, and by 0.02 where they are zero: enough that no gradient
+# vanishes identically (LoRA's second factor starts at zero, and with it the first one's gradient).
 _RELATIVE_MOVE, _LEAST_MOVE = 0.1, 0.02
 
 
@@ -26,20 +26,21 @@ def check_engine(
 ) -> None:
     """Refuse an engine whose clipped sum is not that of a loop over examples and draws.
 
-    On return: for these rows, at slightly perturbed weights, (1) every trainable parameter's unclipped sum and
-    (2) its clipped sum, with `max_grad_norm` at the median norm so that about half the examples are clipped,
-    equal brute force, and (3) no example alone contributes more than `max_grad_norm`. Weights, buffers, `.grad`, training
-    mode, `max_grad_norm` and the global random state are as they were, also after a failure. Dropout is off
-    while checking. Costs about 3 (B K + 2) small backwards, so a few examples are enough.
+    On return: for these rows, at slightly perturbed weights, (1) every trainable parameter's
+    unclipped sum and (2) its clipped sum, with `max_grad_norm` at the median norm so that about
+    half the examples are clipped, equal brute force, and (3) no example alone contributes more than
+    `max_grad_norm`. Weights, buffers, `.grad`, training mode, `max_grad_norm` and the global random
+    state are as they were, also after a failure. Dropout is off while checking. Costs about B K
+    backwards of one row and 3 of all rows, so a few examples are enough.
 
     Args:
         engine: the engine to check, attached to its network.
         loss: rows -> one loss per row, as for `ClippingEngine.accumulate`.
-        rows: random rows of the run's shapes, never private ones; K * B of them, draw-major, B >= 2. B is best an
-            odd number that no other dimension of the network shares.
+        rows: random rows of the run's shapes, never private ones; K * B of them, draw-major,
+            B >= 2. B is best an odd number that no other dimension of the network shares.
         multiplicity: K.
-        tolerance: relative error that passes; by default 1e-8 in float64, 1e-3 in float32, 5e-2 under autocast,
-            in half precision, or where the device multiplies float32 in TF32.
+        tolerance: relative error that passes; by default 1e-8 in float64, 1e-3 in float32, 5e-2
+            under autocast, in half precision, or where the device multiplies float32 in TF32.
 
     Raises:
         UserError: the engine is wrong here; names the parameter that is furthest off.
@@ -58,8 +59,8 @@ def check_engine(
         norms = torch.stack([_norm(gradient) for gradient in expected])
         if not norms.isfinite().all() or not norms.all():
             raise UserError(
-                "the clipping engine's self-check found gradients that are zero or not finite on random"
-                " rows: the loss or the network's precision is unsound"
+                "the clipping engine's self-check found gradients that are zero or not finite"
+                " on random rows: the loss or the network's precision is unsound"
             )
 
         engine.max_grad_norm = float("inf")
@@ -85,8 +86,9 @@ def check_engine(
             # Rounding only: the bound is on the very vector that was added.
             if contribution > engine.max_grad_norm * (1 + 1e-5):
                 raise UserError(
-                    f"the clipping engine's self-check failed: one example contributes {contribution:.6g},"
-                    f" above max_grad_norm {engine.max_grad_norm:.6g}; privacy.engine=loop may work"
+                    f"the clipping engine's self-check failed: one example contributes"
+                    f" {contribution:.6g}, above max_grad_norm {engine.max_grad_norm:.6g};"
+                    " privacy.engine=loop may work"
                 )
 
 
@@ -100,7 +102,7 @@ def _named_trainable(net: nn.Module) -> Gradient:
 def _mean_gradient(
     net: nn.Module, loss: RowLoss, rows: Sequence[Tensor], multiplicity: int, example: int
 ) -> Gradient:
-    """Return one example's gradient, the mean over its draws, each by its own backward, in float64."""
+    """Return one example's gradient in float64, the mean over draws of a backward each."""
     params = _named_trainable(net)
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
     examples = len(rows[0]) // multiplicity
@@ -120,7 +122,8 @@ def _engine_sum(
     for param in params.values():
         param.grad = None
     engine.accumulate(loss, rows, multiplicity)
-    # A parameter without `.grad` is one the engine does not cover; as zeros it fails the comparison.
+    # A parameter without `.grad` is one the engine does not cover; as zeros it fails the
+    # comparison.
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.double()
         for name, p in params.items()
@@ -141,8 +144,8 @@ def _norm(gradient: Gradient) -> Tensor:
 def _compare(found: Gradient, expected: Gradient, limit: float, what: str) -> None:
     """Raise for the parameter that is furthest off, in units of its own expected norm.
 
-    A gradient that is zero in exact arithmetic (an attention key's bias) is rounding noise: errors below
-    1e-3 of the limit relative to the whole gradient are none.
+    A gradient that is zero in exact arithmetic (an attention key's bias) is rounding noise: errors
+    below 1e-3 of the limit relative to the whole gradient are none.
     """
     noise = 1e-3 * float(_norm(expected))
     errors = {}

@@ -1,4 +1,4 @@
-"""The clipping engine: cuts rows into chunks, records per-example gradients, adds their clipped sum."""
+"""The clipping engine: cuts rows into chunks and adds their clipped per-example gradients."""
 
 import logging
 import math
@@ -21,8 +21,8 @@ from dp_synth.privacy.clipping.loop import RowLoss, example_gradient, row_losses
 
 logger = logging.getLogger("dp_synth")
 
-# Per-example gradients in one backward where micro_batch_size is unset. More is slower on a CPU: allocations
-# beyond 32 MiB a layer come as fresh pages every time.
+# Per-example gradients in one backward where micro_batch_size is unset. More is slower on a CPU:
+# allocations beyond 32 MiB a layer come as fresh pages every time.
 _CPU_MATRIX_BYTES = 256 * 2**20
 _GPU_MATRIX_BYTES = 4 * 2**30
 
@@ -30,32 +30,37 @@ _GPU_MATRIX_BYTES = 4 * 2**30
 class ClippingEngine:
     """Exact sums of clipped per-example gradients for any network, fast for the usual layers.
 
-    Guarantee: `accumulate` adds sum_i clip(mean_k grad_ik, max_grad_norm), so one example moves the sum by
-    at most `max_grad_norm` (up to rounding), however the rows are chunked and whichever path is taken.
-    Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the augmentation multiplicity of De et al. 2022
-    (arXiv 2204.13650), section 3.2: draws are averaged, then clipped once.
+    Guarantee: `accumulate` adds sum_i clip(mean_k grad_ik, max_grad_norm), so one example moves
+    the sum by at most `max_grad_norm` (up to rounding), however the rows are chunked and whichever
+    path is taken. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the augmentation
+    multiplicity of De et al. 2022 (arXiv 2204.13650): draws are averaged, then clipped once.
 
     Between calls the network is untouched: same modules, same state_dict keys, same forward.
 
     Args:
-        net: the network; its parameters that require grad when `accumulate` is called are the trained ones.
+        net: the network; its parameters that require grad when `accumulate` is called are the
+            trained ones.
         max_grad_norm: the L2 bound of one example's contribution, > 0.
-        micro_batch_size: rows of one backward. Where it holds fewer rows than one example has draws, the
-            draws are spread over several backwards and clipped after. None takes as many examples at once as
-            have per-example gradients of 256 MiB on a CPU, 4 GiB elsewhere, and at least one.
-        mode: "auto" records with a rule per layer and falls back to "loop", one example per backward, where
-            a trainable parameter's layer has no rule.
+        micro_batch_size: rows of one backward. Where it holds fewer rows than one example has
+            draws, the draws are spread over several backwards and clipped after. None takes as many
+            examples at once as have per-example gradients of 256 MiB on a CPU, 4 GiB elsewhere, and
+            at least one.
+        mode: "auto" records with a rule per layer and falls back to "loop", one example per
+            backward, where a trainable parameter's layer has no rule.
 
     Attributes:
-        fallback_reason: why the loop is taken although the mode is "auto", with the layer's name; or None.
+        fallback_reason: why the loop is taken although the mode is "auto", with the layer's name;
+            or None.
 
     Raises:
-        UserError: a value out of range, no trainable parameter, or a layer that mixes or remembers examples.
+        UserError: a value out of range, no trainable parameter, or a layer that mixes or remembers
+            examples.
 
     Example:
         >>> net = nn.Linear(3, 2)
         >>> engine = ClippingEngine(net, max_grad_norm=1.0)
-        >>> engine.accumulate(lambda x: net(x).square().sum(1), (torch.randn(8, 3),), multiplicity=2)
+        >>> rows = (torch.randn(8, 3),)  # two draws of four examples
+        >>> engine.accumulate(lambda x: net(x).square().sum(1), rows, multiplicity=2)
         >>> bool(net.weight.grad.norm() <= 4.0)
         True
     """
@@ -87,13 +92,15 @@ class ClippingEngine:
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int = 1) -> None:
         """Add sum_i clip(mean_k grad_ik, max_grad_norm) to each trainable parameter's `.grad`.
 
-        A missing `.grad` is made, also for B = 0, where the sum is zero and `loss` is not called. An example
-        whose gradient is not finite contributes nothing. If `loss` raises, no `.grad` has changed.
+        A missing `.grad` is made, also for B = 0, where the sum is zero and `loss` is not called.
+        An example whose gradient is not finite contributes nothing. If `loss` raises, no `.grad`
+        has changed.
 
         Args:
-            loss: tensors of R rows -> one loss per row, [R]; a row's loss depends on that row alone. It calls
-                the network, and is called once per chunk.
-            rows: tensors with K * B leading rows, draw-major: row n = k * B + i is draw k of example i.
+            loss: tensors of R rows -> one loss per row, [R]; a row's loss depends on that row
+                alone. It calls the network, and is called once per chunk.
+            rows: tensors with K * B leading rows, draw-major: row n = k * B + i is draw k of
+                example i.
             multiplicity: K, draws per example, >= 1.
 
         Raises:
@@ -109,12 +116,12 @@ class ClippingEngine:
         self._layout.add_to_grads(total)
 
     def remove(self) -> None:
-        """Let go of the network, which is as it was but for its `.grad`; `accumulate` then refuses."""
+        """Let go of the network, which is as it was but for its `.grad`; no more sums after."""
         self._removed = True
         self._matrix = self._layout.zeros(0)
 
     def _clipped_sum(self, loss: RowLoss, split: Sequence[Tensor]) -> Tensor:
-        """Return the clipped sum over all examples of `split`, tensors [K, B, ...], as a flat vector."""
+        """Return the clipped sum over all examples of `split`, tensors [K, B, ...]."""
         multiplicity = len(split[0])
         draws_fit = self.micro_batch_size is None or multiplicity <= self.micro_batch_size
         if self.mode == "auto" and self.fallback_reason is None and draws_fit:
@@ -141,7 +148,7 @@ class ClippingEngine:
         return max(1, budget // (self._layout.size * self._layout.dtype.itemsize))
 
     def _record(self, loss: RowLoss, rows: Sequence[Tensor], multiplicity: int) -> ExampleGradients:
-        """Run one backward over draw-major rows and return each example's gradient of its mean loss."""
+        """Return each example's gradient of its mean loss, by one backward over all rows."""
         grads = ExampleGradients(self._layout, self._memory(len(rows[0]) // multiplicity))
         anchor = torch.zeros((), device=self._layout.device, requires_grad=True)
         with self._patched(Recording(grads, multiplicity, anchor)):
@@ -163,7 +170,7 @@ class ClippingEngine:
 
     @contextmanager
     def _patched(self, recording: Recording) -> Iterator[None]:
-        """Swap in recording forwards and switch parameters' gradients off; undo both whatever happens.
+        """Swap in recording forwards and switch parameters' gradients off; undo both at the end.
 
         Forwards are set on the instances, so that module types, hooks and state_dict keys stay.
         """
@@ -181,7 +188,7 @@ class ClippingEngine:
                 vars(layer).pop("forward", None)
 
     def _memory(self, examples: int) -> Tensor:
-        """Return [examples, size] of memory that is kept between calls: fresh pages cost a pass each."""
+        """Return memory [examples, size], kept between calls: fresh pages cost a pass."""
         if len(self._matrix) < examples:
             self._matrix = self._layout.zeros(examples)
         return self._matrix[:examples]
@@ -238,8 +245,8 @@ def _refuse_batch_statistics(net: nn.Module) -> None:
             isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
         ):
             raise UserError(
-                f"{name} ({type(module).__name__}) keeps statistics over examples, which no clipping"
-                " bounds: use GroupNorm in its place"
+                f"{name} ({type(module).__name__}) keeps statistics over examples, which no"
+                " clipping bounds: use GroupNorm in its place"
             )
 
 

@@ -5,8 +5,8 @@ The arithmetic of the mechanism is here and nowhere else. For examples i = 0..b-
 
     sum_i c_i g_i,    c_i = min(1, max_grad_norm / ||g_i||),
 
-so that no example moves the sum by more than `max_grad_norm` in L2 norm. With the gradients as rows of
-a matrix G [b, P], that is one pass for the norms and one matrix-vector product, G^T c.
+so that no example moves the sum by more than `max_grad_norm` in L2 norm. With the gradients as rows
+of a matrix G [b, P], that is one pass for the norms and one matrix-vector product, G^T c.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# A float32 norm over a million entries loses four digits on a CPU. Norms of short segments, combined in
-# float64, lose none, and cost the same.
+# A float32 norm over a million entries loses four digits on a CPU. Norms of short segments,
+# combined in float64, lose none, and cost the same.
 _SEGMENT = 4096
 
 
@@ -46,7 +46,7 @@ class FlatLayout:
         return torch.zeros(*leading, self.size, dtype=self.dtype, device=self.device)
 
     def view(self, flat: Tensor, param: nn.Parameter) -> Tensor:
-        """Return the part of `flat` [..., size] that is `param`'s, as a view [..., *param.shape]."""
+        """View `param`'s part of `flat` [..., size] as [..., *param.shape]."""
         start = self._offset[id(param)]
         part = flat[..., start : start + param.numel()]
         return part.view(*flat.shape[:-1], *param.shape)
@@ -80,7 +80,7 @@ class ExampleGradients:
         return param in self._layout
 
     def add(self, param: nn.Parameter, grads: Tensor) -> None:
-        """Add `grads` [b, *param.shape]: a module called twice adds twice, before any norm is taken."""
+        """Add `grads` [b, *param.shape]; a module called twice adds twice, before any norm."""
         view = self._layout.view(self._matrix, param)
         if id(param) in self._written:
             view.add_(grads)
@@ -91,8 +91,8 @@ class ExampleGradients:
     def clipped_sum(self, max_grad_norm: float) -> Tensor:
         """Return sum_i min(1, max_grad_norm / ||g_i||) g_i, as [layout.size].
 
-        An example whose gradient is not finite, or whose norm overflows, contributes nothing: otherwise
-        one broken image would turn the whole sum into NaN, and its presence would show.
+        An example whose gradient is not finite, or whose norm overflows, contributes nothing:
+        otherwise one broken image would turn the whole sum into NaN, and its presence would show.
         """
         for param in self._layout.params:
             if id(param) not in self._written:

@@ -1,14 +1,15 @@
 """One rule per layer type: its forward, its input gradient, and its gradients per example.
 
-Words: a backward handles R = K * b rows, K draws of each of b examples, draw-major: row n = k * b + i is
-draw k of example i. Each rule hands [b, *shape] gradients, summed over the K draws, to the recording.
-F is the cost of the layer's forward; an ordinary backward costs 2 F, one for the input's gradient and
-one for the weight's. So does each rule: the weight's gradient is computed once, only not added up over
-examples.
+Words: a backward handles R = K * b rows, K draws of each of b examples, draw-major: row
+n = k * b + i is draw k of example i. Each rule hands [b, *shape] gradients, summed
+over the K draws, to the recording. F is the cost of the layer's forward; an ordinary backward costs
+2 F, one for the input's gradient and one for the weight's. So does each rule: the weight's gradient
+is computed once, only not added up over examples.
 
-A rule is an autograd Function, not a hook: stored activations go through `save_for_backward` (an edit
-in place is an error, not a wrong gradient), autograd computes no weight gradient that is thrown away, and a
-module called twice, or under activation checkpointing, simply adds twice or runs its backward once.
+A rule is an autograd Function, not a hook: stored activations go through `save_for_backward` (an
+edit in place is an error, not a wrong gradient), autograd computes no weight gradient that is
+thrown away, and a module called twice, or under activation checkpointing, simply adds twice or runs
+its backward once.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from dp_synth.privacy.clipping.gradients import ExampleGradients
 
 
 class UnsupportedInput(Exception):
-    """A layer was called with an input whose rows cannot be told apart; the caller takes the loop."""
+    """A layer's input does not show which row is which; the engine takes the loop instead."""
 
 
 @dataclass(frozen=True)
 class Recording:
     """What the rules of one backward share.
 
-    `anchor` is a scalar that requires grad: parameters do not while recording, so without it the first
-    layer's output would be a constant to autograd.
+    `anchor` is a scalar that requires grad: parameters do not while recording, so without it the
+    first layer's output would be a constant to autograd.
     """
 
     grads: ExampleGradients
@@ -52,10 +53,10 @@ class Recording:
 
 
 def linear_weight_grads(x: Tensor, dy: Tensor, multiplicity: int) -> Tensor:
-    """Return [b, p, d] from x [R, *, d] and dy [R, *, p]: dW_i = sum over draws and positions of dy^T x.
+    """Return [b, p, d] from x [R, *, d] and dy [R, *, p]: the sum of dy^T x per example.
 
-    One batched product of the ordinary weight gradient's cost, F; with several positions and K > 1 it
-    copies x and dy once, to bring an example's draws together.
+    One batched product of the ordinary weight gradient's cost, F; with several positions and K > 1
+    it copies x and dy once, to bring an example's draws together.
     """
     x_bnd = _by_example(x, multiplicity)
     dy_bnp = _by_example(dy, multiplicity)
@@ -116,7 +117,7 @@ class ConvGeometry:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the framework's backward with `groups` channel groups; `mask` asks for (dx, dw, db)."""
+        """Call torch's backward with `groups` channel groups; `mask` asks for dx, dw, db."""
         return torch.ops.aten.convolution_backward(
             dy,
             x,
@@ -132,10 +133,10 @@ class ConvGeometry:
         )
 
 
-# Below this many summed terms (draws x output positions) a grouped convolution's fixed cost per group is
-# most of its time: measured on two CPU cores with 64 to 128 channels, windows take 0.1 to 0.3 of the grouped
-# time at 16 terms and one draw, 0.6 at 16 and four draws, 1.1 at 64 and four draws, 1.4 at 256.
-_WINDOW_TERMS = 48
+# Up to this many summed terms (draws x output positions) a grouped convolution's fixed cost per
+# group is much of its time. Windows take, of the grouped time, measured on CPU cores with 32 to 128
+# channels: one draw, 0.1 at 16 terms and 0.3 at 64; four draws, 0.8 at 16, 1.1 at 64, 1.5 at 256.
+_WINDOW_TERMS = 64
 
 
 def conv2d_weight_grads(
@@ -157,8 +158,8 @@ def conv2d_weight_grads_by_groups(
 ) -> Tensor:
     """Return [b, *weight.shape] as the weight gradient of one convolution with b times the groups.
 
-    Draw-major rows seen as [K, b * channels, H, W] are K images with a group of channels per example, and
-    a grouped convolution sums the weight gradient over images only. No data moves.
+    Draw-major rows seen as [K, b * channels, H, W] are K images with a group of channels per
+    example, and a grouped convolution sums the weight gradient over images only. No data moves.
     """
     examples = len(x) // multiplicity
     x_views = x.contiguous().view(multiplicity, examples * x.shape[1], *x.shape[2:])
@@ -173,7 +174,7 @@ def conv2d_weight_grads_by_groups(
 def conv2d_weight_grads_by_windows(
     x: Tensor, dy: Tensor, weight: Tensor, geometry: ConvGeometry, multiplicity: int
 ) -> Tensor:
-    """Return [b, *weight.shape] as a batched product of dy with x's unfolded windows; one channel group.
+    """Return [b, *weight.shape] as a product of dy with x's unfolded windows; one group only.
 
     Windows are laid out with channels last, so that unfolding copies whole runs of channels.
     """
@@ -245,7 +246,8 @@ def _conv2d(layer: nn.Conv2d, recording: Recording, x: Tensor) -> Tensor:
         raise UnsupportedInput("a convolution of an input without rows")
     padding = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):
-        # Autograd knows the gradient of the padding; the rule is then that of an unpadded convolution.
+        # Autograd knows the gradient of the padding; the rule is then that of an unpadded
+        # convolution.
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0, 0)
@@ -472,9 +474,9 @@ def recorded_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Return a forward for `module` that computes the same, and records gradients on the way back.
 
-    Its input must hold the recording's rows in its leading dimension, else it raises `UnsupportedInput`.
-    An input whose leading dimension is another thing of by chance the same length cannot be told: the
-    self-check, which runs with another number of rows, finds it.
+    Its input must hold the recording's rows in its leading dimension, else it raises
+    `UnsupportedInput`. An input whose leading dimension is another thing of by chance the same
+    length cannot be told: the self-check, which runs with another number of rows, finds it.
     """
     rule = _RULES[type(module)]
 
@@ -498,7 +500,7 @@ def _split(rows: Tensor, multiplicity: int) -> Tensor:
 
 
 def _by_example(rows: Tensor, multiplicity: int) -> Tensor:
-    """Bring rows [K * b, *, f] to [b, K * positions, f]; a view where K = 1 or there is one position."""
+    """Bring rows [K * b, *, f] to [b, K * positions, f]; a view if K = 1 or positions = 1."""
     split = _split(rows, multiplicity).transpose(0, 1)
     return split.reshape(len(split), -1, rows.shape[-1])
 

@@ -1,4 +1,4 @@
-"""The per-example loop: plain autograd, one example's draws per backward; any network, less memory."""
+"""The per-example loop: plain autograd, one example's draws per backward, for any network."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,8 @@ def row_losses(loss: RowLoss, rows: Sequence[Tensor]) -> Tensor:
     losses = loss(*rows)
     if losses.shape != (len(rows[0]),):
         raise UserError(
-            f"the loss must return one value per row, shape ({len(rows[0])},), not {tuple(losses.shape)}"
+            f"the loss must return one value per row, shape ({len(rows[0])},),"
+            f" not {tuple(losses.shape)}"
         )
     if not losses.requires_grad:
         raise UserError("the loss does not depend on any trainable parameter: nothing to clip")
