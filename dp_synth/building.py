@@ -68,6 +68,13 @@ def load_images(cfg: DictConfig, split: str) -> Images:
             f"dataset.num_examples={cfg.dataset.num_examples}, but the training split has "
             f"{len(images)} examples; declare dataset.num_examples={len(images)}."
         )
+    declared = (*cfg.dataset.image_shape, cfg.dataset.num_classes)
+    found = (*images.shape, len(images.classes))
+    if declared != found:
+        raise UserError(
+            f"dataset.image_shape and dataset.num_classes declare {declared}, but the images have "
+            f"{found} (channels, height, width, classes); declare these."
+        )
     return images
 
 

@@ -36,16 +36,24 @@ def load_public(cfg: DictConfig) -> Images:
     return instantiate(cfg.public.load, split="train")
 
 
+def is_cached(cfg: DictConfig) -> bool:
+    """Whether the public model is there already."""
+    return _cached_run(cfg).has_model()
+
+
+def _cached_run(cfg: DictConfig) -> Run:
+    return Run(Path(cfg.public.cache).expanduser() / "pretrained" / cache_key(cfg))
+
+
 def pretrained(cfg: DictConfig, images: Images) -> tuple[UNet2DModel, tuple[str, ...]]:
     """The public model and its class names, from the cache or trained now.
 
     The cache holds run directories of their own, each written under another name and renamed when
     it is whole, so that an interrupted or a parallel pre-training leaves nothing half-written.
     """
-    directory = Path(cfg.public.cache).expanduser() / "pretrained" / cache_key(cfg)
-    run = Run(directory)
+    run = _cached_run(cfg)
     if not run.has_model():
-        _pretrain(cfg, images, directory)
+        _pretrain(cfg, images, run.path)
     return run.load_model()
 
 

@@ -21,6 +21,7 @@ class Images:
             ``None`` where each image is its own unit.
 
     Raises:
+        TypeError: not NumPy arrays.
         ValueError: a wrong shape or dtype, a label without a class, two classes of one name.
     """
 
@@ -78,7 +79,7 @@ def _check_array(
     name: str, array: object, dtype: type[np.generic], ndim: int, length: int | None = None
 ) -> None:
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} must be a NumPy array, not {type(array).__name__}.")
+        raise TypeError(f"{name} must be a NumPy array, not {type(array).__name__}.")
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {dtype.__name__}, not {array.dtype}.")
     if array.ndim != ndim:

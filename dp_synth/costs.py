@@ -1,0 +1,116 @@
+"""What a run needs of this machine: measured on random images, then multiplied out."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dp_synth.building import build_module, build_network, is_on
+from dp_synth.data.module import Batch
+from dp_synth.module import DiffusionModule, GradientEngine, MeanGradient
+from dp_synth.pretraining import is_cached
+from dp_synth.privacy.clipping import ClippingEngine
+from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+
+_REPEATS = 3
+
+
+def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, Any]:
+    """Parameters, memory and hours of each phase, on the device that the trainer would take.
+
+    Args:
+        cfg: the config of a run; ``dataset.image_shape`` and ``dataset.num_classes`` stand for the
+            images, none of which is opened.
+        plan: calibrated.
+
+    Returns:
+        ``device``, ``parameters``, ``trainable_parameters``, ``hours_fine_tuning``,
+        ``hours_pretraining`` (0 if the cache has the public model), ``hours_sampling`` and
+        ``memory_mib``: the peak of this process on a CPU, of the allocator on a GPU.
+    """
+    device = torch.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
+    net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes).to(device)
+    module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    rows = plan.steps * plan.batch_size * plan.multiplicity
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
+        "hours_fine_tuning": rows * _seconds_per_row(cfg, module, plan) / 3600,
+        "hours_pretraining": _hours_of_pretraining(cfg, module),
+        "hours_sampling": _hours_of_sampling(cfg, module),
+        "memory_mib": _peak_memory_mib(device),
+    }
+
+
+def _seconds_per_row(
+    cfg: DictConfig, module: DiffusionModule, plan: PrivacyPlan | PublicPlan
+) -> float:
+    """Seconds of forward and backward per row, with the engine of the plan."""
+    engine: GradientEngine = MeanGradient()
+    if isinstance(plan, PrivacyPlan):
+        engine = ClippingEngine(
+            module.net, plan.max_grad_norm, cfg.trainer.micro_batch_size, mode=plan.engine
+        )
+    examples = max(1, min(plan.batch_size, cfg.trainer.micro_batch_size // plan.multiplicity))
+    rows = module.draw_rows(_random_batch(cfg, examples, module.net.device), step=0)
+    loss = module.diffusion.row_loss(module.net)
+    seconds = _seconds(lambda: engine.accumulate(loss, rows, plan.multiplicity))
+    return seconds / len(rows[0])
+
+
+def _hours_of_pretraining(cfg: DictConfig, module: DiffusionModule) -> float:
+    if not is_on(cfg.public) or is_cached(cfg):
+        return 0.0
+    public = PublicPlan(
+        batch_size=cfg.public.batch_size,
+        steps=cfg.public.steps,
+        num_examples=cfg.public.batch_size,
+    )
+    return public.steps * public.batch_size * _seconds_per_row(cfg, module, public) / 3600
+
+
+@torch.no_grad()
+def _hours_of_sampling(cfg: DictConfig, module: DiffusionModule) -> float:
+    """Network calls alone; the scheduler's arithmetic is small beside them."""
+    if not is_on(cfg.sampler):
+        return 0.0
+    sampler = instantiate(cfg.sampler)
+    count = min(sampler.batch_size, sampler.num_images)
+    batch = _random_batch(cfg, count, module.net.device)
+    denoise = module.diffusion.denoiser(module.net, batch.labels)
+    x, _, t, _ = module.draw_rows(batch, step=0)
+    seconds = _seconds(lambda: denoise(x[:count], t[:count]))
+    calls = sampler.steps * (2 if sampler.guidance else 1)
+    return seconds / count * sampler.num_images * calls / 3600
+
+
+def _random_batch(cfg: DictConfig, examples: int, device: torch.device) -> Batch:
+    pixels = torch.randint(0, 256, (examples, *cfg.dataset.image_shape), dtype=torch.uint8)
+    labels = torch.randint(0, cfg.dataset.num_classes, (examples,))
+    return Batch(torch.arange(examples), pixels.to(device), labels.to(device))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Median seconds of a call, after one that warms up."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
