@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dp_synth.checks import positive
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
@@ -36,8 +37,7 @@ def build_module(
     trainable: Trainable = "all",
 ) -> DiffusionModule:
     """The module that trains ``net`` under a plan."""
-    if not lr > 0:
-        raise UserError(f"model.lr={lr} must be positive.")
+    positive("model.lr", lr)
     choose_trainable(net, trainable)
     return DiffusionModule(
         net=net,

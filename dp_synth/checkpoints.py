@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from dp_synth.checks import count
 from dp_synth.errors import UserError
 
 
@@ -54,10 +55,8 @@ class PeriodicCheckpoint(Callback):
     """
 
     def __init__(self, directory: Path, every: int, seconds: float = 30.0) -> None:
-        if every < 1:
-            raise UserError(f"trainer.checkpoint_every={every} must be at least 1.")
         self.directory = directory
-        self.every = every
+        self.every = count("trainer.checkpoint_every", every)
         self.seconds = seconds
         self.saved_at = time.monotonic()
 

@@ -4,13 +4,14 @@ Shapes: R rows, C channels, H x W pixels. Images are floats in [-1, 1]. Schedule
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dp_synth.checks import one_of
 from dp_synth.errors import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -79,11 +80,7 @@ class Diffusion:
         timestep_law: TimestepLaw,
         beta_schedule: str = "squaredcos_cap_v2",
     ) -> None:
-        if prediction not in ("epsilon", "v_prediction", "sample"):
-            raise UserError(
-                f"model.diffusion.prediction={prediction} is unknown; "
-                "epsilon, v_prediction or sample would work."
-            )
+        one_of("model.diffusion.prediction", prediction, get_args(Prediction))
         self.prediction = prediction
         self.timestep_law = timestep_law
         self.schedule = DDPMScheduler(

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO
 from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
+from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
@@ -83,6 +84,7 @@ def fit(
         resume_from: a checkpoint of this plan.
 
     Raises:
+        UserError: ``trainer.devices`` asks for several processes.
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
     """
     callbacks = [*plan.callbacks(caption, trainer_cfg.micro_batch_size), GracefulInterrupt()]
@@ -101,8 +103,17 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        # A resumed run ends Lightning's epoch early, for it counts the batches of the first sitting
+        # in; asking again for a loader gives the batches that are left.
+        reload_dataloaders_every_n_epochs=1,
         inference_mode=False,
     )
+    # Here, since Lightning starts the other processes, each a command of its own, before any hook.
+    if trainer.world_size != 1:
+        raise UserError(
+            f"trainer.devices={trainer_cfg.devices} gives {trainer.world_size} processes, and "
+            "training runs on one: trainer.devices=1 would work."
+        )
     data = ImageDataModule(
         images, lambda steps_taken: plan.batches(module.randomness, first_step=steps_taken)
     )

@@ -1,7 +1,7 @@
 """Builds the class-conditional diffusers U-Net, carries public weights over, chooses what trains."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -9,7 +9,10 @@ from torch import nn
 
 from dp_synth.errors import UserError
 
-Trainable = Literal["all", "attention"]
+Trainable = str | Sequence[str]
+
+# Fragments of the names of the parameters that each word makes trainable.
+_TRAINABLE = {"all": ("",), "attention": ("attentions", "class_embedding")}
 
 
 def unet(image_shape: tuple[int, int, int], num_classes: int, **architecture: Any) -> UNet2DModel:
@@ -76,13 +79,27 @@ def carry_over(
 
 
 def choose_trainable(net: nn.Module, trainable: Trainable) -> None:
-    """Freeze what shall not be fine-tuned.
+    """Freeze what shall not be fine-tuned: what does not move needs no noise.
 
     Args:
-        trainable: "all", or "attention" for attention layers and the label table alone.
+        trainable: "all"; "attention" for attention layers and the label table; or fragments of
+            parameter names, any of which makes a parameter trainable.
+
+    Raises:
+        UserError: an unknown word, or a fragment that no parameter's name contains.
     """
-    if trainable not in ("all", "attention"):
-        raise UserError(f"model.trainable={trainable} is unknown; all or attention would work.")
+    names = [name for name, _ in net.named_parameters()]
+    if isinstance(trainable, str) and trainable not in _TRAINABLE:
+        raise UserError(
+            f"model.trainable={trainable} is unknown; {', '.join(_TRAINABLE)} or a list of "
+            "fragments of parameter names would work."
+        )
+    fragments = _TRAINABLE[trainable] if isinstance(trainable, str) else tuple(trainable)
+    for fragment in fragments:
+        if not any(fragment in name for name in names):
+            raise UserError(
+                f"model.trainable: no parameter's name contains {fragment!r}; names look like "
+                f"{names[0]}."
+            )
     for name, parameter in net.named_parameters():
-        chosen = trainable == "all" or "attentions" in name or name.startswith("class_embedding")
-        parameter.requires_grad_(chosen)
+        parameter.requires_grad_(any(fragment in name for fragment in fragments))

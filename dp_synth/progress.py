@@ -54,9 +54,18 @@ class PublicProgress(Callback):
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Close the bar, also after an error."""
+        """Close the bar."""
         if hasattr(self, "bar"):
             self.bar.close()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Close the bar after an error, too: Lightning then tears nothing down."""
+        self.teardown(trainer, pl_module, stage="fit")
 
 
 class PrivateProgress(Callback):
@@ -107,6 +116,15 @@ class PrivateProgress(Callback):
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Close the bar, also after an error."""
+        """Close the bar."""
         if hasattr(self, "bar"):
             self.bar.close()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Close the bar after an error, too: Lightning then tears nothing down."""
+        self.teardown(trainer, pl_module, stage="fit")

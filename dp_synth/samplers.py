@@ -9,10 +9,10 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dp_synth.checks import count, one_of
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_uint8
 from dp_synth.diffusion import Denoiser, Diffusion, guided
-from dp_synth.errors import UserError
 
 
 def integrate(
@@ -65,12 +65,11 @@ class Sampler:
         batch_size: int = 500,
     ) -> None:
         self.scheduler = scheduler
-        self.steps = _positive("sampler.steps", steps)
-        self.num_images = _positive("sampler.num_images", num_images)
-        self.batch_size = _positive("sampler.batch_size", batch_size)
+        self.steps = count("sampler.steps", steps)
+        self.num_images = count("sampler.num_images", num_images)
+        self.batch_size = count("sampler.batch_size", batch_size)
         self.guidance = guidance
-        if labels != "uniform":
-            raise UserError(f"sampler.labels={labels} is unknown; uniform would work.")
+        one_of("sampler.labels", labels, ("uniform",))
 
     @torch.no_grad()
     def __call__(
@@ -112,9 +111,3 @@ class Sampler:
                 progress.update(len(y))
         net.train(was_training)
         return Images(np.concatenate(pixels), labels.numpy(), classes)
-
-
-def _positive(key: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value} must be a whole number of at least 1.")
-    return value

@@ -4,7 +4,7 @@ from dp_synth.runs import Run
 
 _ROWS = (
     ("public data alone (eps = 0)", "utility/accuracy.public_only"),
-    ("private synthetic data", "utility/accuracy"),
+    ("synthetic data", "utility/accuracy"),
     ("real training data", "utility/accuracy.real"),
 )
 

@@ -43,7 +43,7 @@ def test_same_arguments_same_images_and_any_other_differ() -> None:
         {"split": "test", "seed": 1},
         {"fonts": "held_out"},
         {"fonts": "held_out", "split": "test"},
-        {"elastic": 0.1},
+        {"elastic": 0.05},
         {"style": 0.1},
         {"rotation": 30},
         {"shear": 0.4},

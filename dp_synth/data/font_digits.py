@@ -114,14 +114,14 @@ class Warp:
 WARPS: Mapping[str, Warp] = MappingProxyType(
     {
         "prior": Warp(
-            rotation=8.0,
-            shear=0.15,
-            aspect=0.15,
-            elastic=0.04,
+            rotation=12.0,
+            shear=0.25,
+            aspect=0.3,
+            elastic=0.1,
             style=0.0,
-            pen_min=0.04,
-            pen_max=0.08,
-            shift=0.5,
+            pen_min=0.03,
+            pen_max=0.1,
+            shift=1.0,
         ),
         "held_out": Warp(
             rotation=10.0,
@@ -148,7 +148,7 @@ def load(
 
     Args:
         split: ``"train"`` or ``"test"``: other random draws of the same fonts and styles.
-        fonts: ``"prior"`` (12 faces of DejaVu and STIX, gently bent), or ``"held_out"`` (6 faces
+        fonts: ``"prior"`` (12 faces of DejaVu and STIX, bent freely), or ``"held_out"`` (6 faces
             of Computer Modern, bent like the handwriting of 6 people), which plays the private set
             when settings are tuned.
         num_images: how many; classes are balanced to within one image and in random order.

@@ -6,11 +6,11 @@
 import math
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from dp_synth.checks import count, one_of, positive, whole
 from dp_synth.errors import UserError
 from dp_synth.privacy import accounting
 from dp_synth.privacy.batches import EpochBatches, PoissonBatches
@@ -20,28 +20,10 @@ from dp_synth.privacy.randomness import (
     Randomness,
     RepeatablePrivateRandomness,
 )
+from dp_synth.privacy.wording import ASSUMPTIONS, GUARANTEE, NO_GUARANTEE, NOT_COVERED, VOID
 
 ENGINES = ("auto", "loop")
 _SHOWN_POINTS = 20  # of the eps curve; each costs a fraction of a second of accounting
-
-TRUST_MODEL = (
-    "A trusted curator holds the private images and runs the training; the adversary sees whatever "
-    "is released of the run (final weights, samples, this statement), and nothing else."
-)
-
-NOT_COVERED = (
-    (
-        "Hyper-parameter search: runs of other settings on the same private data, and choosing among "
-        "them, spend eps of their own."
-    ),
-    "Evaluation on private images: a metric computed on them is released without noise.",
-    "Floating point: the accounting assumes real arithmetic and ideal Gaussian noise.",
-    "The test split: the guarantee covers the training split.",
-    "The public data: what the pre-training images or weights reveal about their own subjects.",
-    "The number of examples: num_examples is taken as public.",
-    "Checkpoints of an unfinished run: they hold optimizer state and are not meant for release.",
-    "Time, memory and other side channels of the machine that trains.",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +54,9 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         for name in ("eps", "delta", "max_grad_norm"):
-            object.__setattr__(self, name, _positive(_key(name), getattr(self, name)))
+            object.__setattr__(self, name, positive(_key(name), getattr(self, name)))
         for name in ("num_examples", "batch_size", "steps", "multiplicity"):
-            object.__setattr__(self, name, _count(_key(name), getattr(self, name)))
+            object.__setattr__(self, name, count(_key(name), getattr(self, name)))
         if self.delta >= 1:
             raise UserError(
                 f"privacy.delta={self.delta} must lie strictly between 0 and 1, "
@@ -85,13 +67,13 @@ class PrivacyPlan:
                 f"privacy.batch_size={self.batch_size} is larger than the N={self.num_examples} "
                 f"examples of the data set; at most {self.num_examples} works."
             )
-        _one_of("privacy.accountant", self.accountant, accounting.ACCOUNTANTS)
-        _one_of("privacy.engine", self.engine, ENGINES)
+        one_of("privacy.accountant", self.accountant, accounting.ACCOUNTANTS)
+        one_of("privacy.engine", self.engine, ENGINES)
         if self.noise_multiplier is not None:
-            noise_multiplier = _positive("privacy.noise_multiplier", self.noise_multiplier)
+            noise_multiplier = positive("privacy.noise_multiplier", self.noise_multiplier)
             object.__setattr__(self, "noise_multiplier", noise_multiplier)
         if self.unsafe_repeatable_randomness is not None:
-            seed = _whole("privacy.unsafe_repeatable_randomness", self.unsafe_repeatable_randomness)
+            seed = whole("privacy.unsafe_repeatable_randomness", self.unsafe_repeatable_randomness)
             object.__setattr__(self, "unsafe_repeatable_randomness", seed)
         if self.delta >= 1 / self.num_examples:
             warnings.warn(
@@ -137,7 +119,7 @@ class PrivacyPlan:
     def epsilon_curve(self, points: int = 10) -> list[tuple[int, float]]:
         """(steps, eps) at up to `points` evenly spaced step counts from 0 to the last."""
         counts = np.unique(np.linspace(0, self.steps, points).round().astype(int)).tolist()
-        return [(count, self.epsilon(count)) for count in counts]
+        return [(steps, self.epsilon(steps)) for steps in counts]
 
     def randomness(self, seed: int) -> Randomness:
         """The source of every private draw; the public `seed` has no influence on it."""
@@ -184,9 +166,7 @@ class PrivacyPlan:
         """The plan that `to_dict` wrote; values are validated again."""
         return cls(**_checked_fields(cls, values))
 
-    def statement(
-        self, steps_taken: int, status: str, unaccounted_looks: list[str] | None = None
-    ) -> dict[str, Any]:
+    def statement(self, steps_taken: int, status: str) -> dict[str, Any]:
         """The privacy statement, fit for JSON: what is guaranteed, and what is not covered.
 
         While `status` is "running", the eps of the whole plan is stated: a run that is killed must
@@ -195,47 +175,34 @@ class PrivacyPlan:
         plan = self.calibrate()
         steps = self.steps if status == "running" else steps_taken
         spent = plan._spent(steps, self.accountant)
-        query = {
-            "query": "dp_sgd",
-            "mechanism": "poisson_subsampled_gaussian",
+        mechanism = {
+            "eps": spent.eps,
+            "delta": self.delta,
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": self.sample_rate,
             "steps": steps,
             "max_grad_norm": self.max_grad_norm,
-            "eps": spent.eps,
-            "delta": self.delta,
         }
         void = self.unsafe_repeatable_randomness is not None
         return {
             "private": True,
-            "guarantee": (
-                "void: privacy.unsafe_repeatable_randomness makes the noise known"
-                if void
-                else "(eps, delta) differential privacy under the assumptions listed here"
-            ),
+            "guarantee": VOID if void else GUARANTEE,
             "status": status,
-            "eps": spent.eps,
+            **mechanism,
             "eps_planned": self.eps,
-            "delta": self.delta,
-            "accountant": spent.accountant,
             "eps_rdp": plan.rdp_epsilon(steps),
-            "noise_multiplier": plan.noise_multiplier,
-            "sample_rate": self.sample_rate,
-            "steps": steps,
+            "accountant": spent.accountant,
             "steps_taken": steps_taken,
             "steps_planned": self.steps,
             "batch_size": self.batch_size,
-            "max_grad_norm": self.max_grad_norm,
             "multiplicity": self.multiplicity,
             "num_examples": self.num_examples,
-            "adjacency": "zero_out",
-            "unit": "example",
-            "world_size": 1,
-            "sampling": "poisson",
             "engine": self.engine,
-            "trust_model": TRUST_MODEL,
-            "queries": [query],
-            "unaccounted_looks": list(unaccounted_looks or []),
+            **ASSUMPTIONS,
+            "queries": [
+                {"query": "dp_sgd", "mechanism": "poisson_subsampled_gaussian", **mechanism}
+            ],
+            "unaccounted_looks": [],
             "not_covered": list(NOT_COVERED),
         }
 
@@ -271,7 +238,7 @@ class PublicPlan:
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size", "steps", "multiplicity"):
-            object.__setattr__(self, name, _count(_key(name), getattr(self, name)))
+            object.__setattr__(self, name, count(_key(name), getattr(self, name)))
         object.__setattr__(self, "batch_size", min(self.batch_size, self.num_examples))
 
     @property
@@ -314,13 +281,11 @@ class PublicPlan:
         """The plan that `to_dict` wrote; values are validated again."""
         return cls(**_checked_fields(cls, values))
 
-    def statement(
-        self, steps_taken: int, status: str, unaccounted_looks: list[str] | None = None
-    ) -> dict[str, Any]:
+    def statement(self, steps_taken: int, status: str) -> dict[str, Any]:
         """A statement, fit for JSON, that there is no guarantee: its eps is null."""
         return {
             "private": False,
-            "guarantee": "none: trained without differential privacy, on data taken as public",
+            "guarantee": NO_GUARANTEE,
             "status": status,
             "eps": None,
             "steps_taken": steps_taken,
@@ -330,7 +295,7 @@ class PublicPlan:
             "num_examples": self.num_examples,
             "sampling": "epochs",
             "queries": [],
-            "unaccounted_looks": list(unaccounted_looks or []),
+            "unaccounted_looks": [],
             "not_covered": ["The training data: nothing is promised about them."],
         }
 
@@ -338,31 +303,6 @@ class PublicPlan:
 def _key(name: str) -> str:
     """The key as the user types it."""
     return f"dataset.{name}" if name == "num_examples" else f"privacy.{name}"
-
-
-def _positive(key: str, value: Any) -> float:
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    if not good or not (math.isfinite(value) and value > 0):
-        raise UserError(f"{key}={value!r} must be a finite number above 0.")
-    return float(value)
-
-
-def _whole(key: str, value: Any) -> int:
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
-    if number < 0 or not number.is_integer():
-        raise UserError(f"{key}={value!r} must be a whole number, 0 or more.")
-    return int(value)
-
-
-def _count(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 1:
-        raise UserError(f"{key}={value!r} must be a whole number, 1 or more.")
-    return _whole(key, value)
-
-
-def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}={value!r} is unknown; use {' or '.join(choices)}.")
 
 
 def _differing(mine: Any, theirs: Any) -> list[str]:

@@ -1,0 +1,104 @@
+"""Every YAML composes with the main job, and every callable it names can be built."""
+
+import lightning
+import pytest
+from conftest import compose
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dp_synth.building import build_diffusion, build_network, is_on
+from dp_synth.cli import conf_dir
+
+OPTIONS = sorted(
+    (path.parent.name, path.stem)
+    for path in conf_dir().glob("*/*.yaml")
+    if path.stem != "dp_sgd"  # the base of eps1, eps5 and eps10: it names no eps
+)
+COMMANDS = ("train", "plan", "sample", "evaluate", "report")
+
+
+def targets(node):
+    """Every config node below ``node`` that names a callable."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for key in node:
+            yield from targets(node._get_node(key))
+
+
+def test_there_are_groups_and_commands():
+    assert {"dataset", "public", "model", "privacy", "sampler", "evaluator"} <= {
+        group for group, _ in OPTIONS
+    }
+    assert {path.stem for path in conf_dir().glob("*.yaml")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
+def test_every_option_composes_and_names_what_exists(group, option):
+    cfg = compose(f"{group}={option}")
+    OmegaConf.resolve(cfg)
+    assert not OmegaConf.missing_keys(cfg)
+    for node in targets(cfg):
+        assert callable(get_method(node._target_)), node
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
+def test_every_option_can_be_built(group, option, tmp_path):
+    """All but what reads images, and what needs the hardware."""
+    cfg = compose(f"{group}={option}")
+    shape, classes = tuple(cfg.dataset.image_shape), cfg.dataset.num_classes
+    net = build_network(cfg, shape, classes)
+    assert net.config.num_class_embeds == classes + 1
+    assert build_diffusion(cfg).timestep_law.num_timesteps > 0
+    plan = instantiate(cfg.privacy)
+    assert plan.num_examples == cfg.dataset.num_examples
+    assert plan.private is (option != "none" or group != "privacy")
+    for built in (cfg.sampler, cfg.evaluator):
+        assert not is_on(built) or callable(instantiate(built))
+    if is_on(cfg.logger):
+        instantiate(cfg.logger)(save_dir=tmp_path, name="", version="")
+    if cfg.trainer.accelerator == "cpu":
+        lightning.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=cfg.trainer.devices,
+            precision=cfg.trainer.precision,
+            max_time=cfg.trainer.max_time,
+            logger=False,
+            enable_checkpointing=False,
+        )
+
+
+@pytest.mark.parametrize("dataset", [o for g, o in OPTIONS if g == "dataset"])
+@pytest.mark.parametrize("experiment", [o for g, o in OPTIONS if g == "experiment"])
+@pytest.mark.parametrize("privacy", [o for g, o in OPTIONS if g == "privacy"])
+def test_experiments_fit_every_data_set_and_every_privacy(dataset, experiment, privacy):
+    cfg = compose(f"dataset={dataset}", f"experiment={experiment}", f"privacy={privacy}")
+    OmegaConf.resolve(cfg)
+    assert instantiate(cfg.privacy).batch_size <= cfg.dataset.num_examples
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["dataset=digits", "privacy.eps=3"], "privacy.eps", 3),
+        (["privacy.eps=3", "dataset=digits"], "privacy.eps", 3),
+        (["dataset=digits", "public=none"], "public", {}),
+        (["experiment=smoke", "privacy.steps=7"], "privacy.steps", 7),
+        (["privacy.steps=7", "experiment=smoke"], "privacy.steps", 7),
+        (["experiment=smoke", "privacy.delta=1e-7"], "privacy.delta", 1e-7),
+    ],
+)
+def test_what_the_user_types_wins(overrides, key, value):
+    assert OmegaConf.select(compose(*overrides), key) == value
+
+
+def test_the_config_of_the_other_commands_is_the_same_program():
+    assert OmegaConf.to_container(compose(name="sample").sampler) == OmegaConf.to_container(
+        compose().sampler
+    )
+    assert OmegaConf.to_container(compose(name="evaluate").evaluator) == OmegaConf.to_container(
+        compose().evaluator
+    )
+    planned = OmegaConf.to_container(compose(name="plan"))
+    assert planned.pop("plan") == {"out": None}
+    assert planned == OmegaConf.to_container(compose())
