@@ -12,6 +12,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dp_synth.checks import count
 from dp_synth.errors import UserError
+from dp_synth.files import write_atomically
+
+# Holds the steps of the newest checkpoint ever written.
+_FURTHEST = "furthest"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -40,8 +44,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(
-                f"{path} is not a checkpoint of this program or is damaged; delete it to resume "
-                "from an older one."
+                f"{path} is not a checkpoint of this program or is damaged; an older one would "
+                "spend its steps' eps a second time, so restore this file or start a new run."
             ) from error
 
 
@@ -81,8 +85,9 @@ class PeriodicCheckpoint(Callback):
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Save now, then drop all but the newest two."""
-        trainer.save_checkpoint(self.directory / f"step={trainer.global_step:06d}.ckpt")
+        """Save now, note how far the run has come, then drop all but the newest two."""
+        trainer.save_checkpoint(_path(self.directory, trainer.global_step))
+        write_atomically(self.directory / _FURTHEST, f"{trainer.global_step}\n")
         self.saved_at = time.monotonic()
         for old in newest_first(self.directory)[2:]:
             old.unlink()
@@ -91,3 +96,28 @@ class PeriodicCheckpoint(Callback):
 def newest_first(directory: Path) -> list[Path]:
     """The checkpoints in a directory, the one with most steps first."""
     return sorted(directory.glob("step=*.ckpt"), reverse=True)
+
+
+def resume_point(directory: Path) -> Path | None:
+    """The checkpoint to continue from, or None where a run was stopped before its first one.
+
+    Steps after the furthest checkpoint left no output and are redone. Those before it did: taking
+    them again would spend their eps twice, which no plan holds.
+
+    Raises:
+        UserError: the furthest checkpoint is gone.
+    """
+    note = directory / _FURTHEST
+    if not note.is_file():
+        return None
+    furthest = _path(directory, int(note.read_text()))
+    if not furthest.is_file():
+        raise UserError(
+            f"{furthest} is missing; an older checkpoint would spend its steps' eps a second time, "
+            "so restore this file or start a new run."
+        )
+    return furthest
+
+
+def _path(directory: Path, steps_taken: int) -> Path:
+    return directory / f"step={steps_taken:06d}.ckpt"

@@ -79,6 +79,12 @@ def _prepare_process() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch|opacus|diffusers")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as a sentence, without the place in the code."""
+    print(f"Warning: {message}", file=sys.stderr)
 
 
 class _Traceback:

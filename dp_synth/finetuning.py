@@ -4,7 +4,7 @@ from diffusers import UNet2DModel
 from omegaconf import DictConfig
 
 from dp_synth.building import build_logger, build_module
-from dp_synth.checkpoints import PeriodicCheckpoint, newest_first
+from dp_synth.checkpoints import PeriodicCheckpoint, resume_point
 from dp_synth.data.images import Images
 from dp_synth.fitting import fit
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
@@ -34,7 +34,6 @@ def fine_tune(
         return
     run.write_statement(plan.statement(0, status="running") | versions())
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
-    newest = newest_first(run.checkpoints_dir)
     fit(
         module,
         images,
@@ -43,7 +42,7 @@ def fine_tune(
         caption="fine-tuning",
         logger=build_logger(cfg, run.logs_dir),
         checkpoints=PeriodicCheckpoint(run.checkpoints_dir, cfg.trainer.checkpoint_every),
-        resume_from=newest[0] if newest else None,
+        resume_from=resume_point(run.checkpoints_dir),
     )
     run.write_statement(plan.statement(plan.steps, status="finished") | versions())
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))

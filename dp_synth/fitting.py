@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO
+from dp_synth.checks import count
 from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
 from dp_synth.errors import UserError
@@ -84,36 +86,15 @@ def fit(
         resume_from: a checkpoint of this plan.
 
     Raises:
-        UserError: ``trainer.devices`` asks for several processes.
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
     """
     callbacks = [*plan.callbacks(caption, trainer_cfg.micro_batch_size), GracefulInterrupt()]
-    trainer = lightning.Trainer(
-        accelerator=trainer_cfg.accelerator,
-        devices=trainer_cfg.devices,
-        precision=trainer_cfg.precision,
-        max_time=trainer_cfg.max_time,
+    trainer = build_trainer(
+        trainer_cfg,
         max_steps=plan.steps,
-        max_epochs=-1,
         callbacks=[*callbacks, *([checkpoints] if checkpoints else [])],
-        plugins=[SafeCheckpointIO()],
         logger=logger if logger is not None else False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        # A resumed run ends Lightning's epoch early, for it counts the batches of the first sitting
-        # in; asking again for a loader gives the batches that are left.
-        reload_dataloaders_every_n_epochs=1,
-        inference_mode=False,
     )
-    # Here, since Lightning starts the other processes, each a command of its own, before any hook.
-    if trainer.world_size != 1:
-        raise UserError(
-            f"trainer.devices={trainer_cfg.devices} gives {trainer.world_size} processes, and "
-            "training runs on one: trainer.devices=1 would work."
-        )
     data = ImageDataModule(
         images, lambda steps_taken: plan.batches(module.randomness, first_step=steps_taken)
     )
@@ -121,4 +102,45 @@ def fit(
     if trainer.global_step < plan.steps:
         if checkpoints is not None:
             checkpoints.save(trainer)
-        raise Interrupted(f"{trainer.global_step} of {plan.steps} steps taken")
+        raise Interrupted(f"{trainer.global_step} of {plan.steps} steps of {caption} taken")
+
+
+def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
+    """Lightning's trainer, as the ``trainer`` group and one logical batch per step want it.
+
+    Raises:
+        UserError: there is no such accelerator here, or ``trainer.devices`` asks for several
+            processes.
+    """
+    count("trainer.micro_batch_size", trainer_cfg.micro_batch_size)
+    try:
+        trainer = lightning.Trainer(
+            accelerator=trainer_cfg.accelerator,
+            devices=trainer_cfg.devices,
+            precision=trainer_cfg.precision,
+            max_time=trainer_cfg.max_time,
+            max_epochs=-1,
+            plugins=[SafeCheckpointIO()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            # A resumed run ends Lightning's epoch early, for it counts the batches of the first
+            # sitting in; asking again for a loader gives the batches that are left.
+            reload_dataloaders_every_n_epochs=1,
+            inference_mode=False,
+            **options,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(
+            f"trainer.accelerator={trainer_cfg.accelerator} trainer.devices={trainer_cfg.devices} "
+            f"trainer.precision={trainer_cfg.precision} cannot be had here: {error}"
+        ) from error
+    # Here, since Lightning starts the other processes, each a command of its own, before any hook.
+    if trainer.world_size != 1:
+        raise UserError(
+            f"trainer.devices={trainer_cfg.devices} gives {trainer.world_size} processes, and "
+            "training runs on one: trainer.devices=1 would work."
+        )
+    return trainer

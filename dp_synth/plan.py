@@ -11,8 +11,8 @@ from dp_synth.building import is_on
 from dp_synth.cli import command
 from dp_synth.costs import measure_costs
 from dp_synth.errors import UserError
+from dp_synth.files import write_atomically
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
-from dp_synth.runs import write_atomically
 
 _CURVE_POINTS = 11
 _MECHANISM = (

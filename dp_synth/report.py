@@ -8,10 +8,11 @@ from omegaconf import DictConfig, ListConfig
 from dp_synth import __version__
 from dp_synth.cli import command
 from dp_synth.errors import UserError
+from dp_synth.files import write_atomically
 from dp_synth.reporting import charts
 from dp_synth.reporting.comparison import accuracy_charts
 from dp_synth.reporting.content import odds_factor, read_content, round_up
-from dp_synth.runs import Run, write_atomically
+from dp_synth.runs import Run
 
 
 def report_runs(runs: list[Run], out: Path) -> None:

@@ -14,6 +14,7 @@ from dp_synth.data.folder import read_image_folder, write_image_folder
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
+from dp_synth.files import write_atomically
 
 
 def default_run_dir(run: str | None, dataset: str, eps: float | None) -> str:
@@ -24,13 +25,6 @@ def default_run_dir(run: str | None, dataset: str, eps: float | None) -> str:
         "no-privacy" if eps is None else f"eps{eps:g}" if isinstance(eps, float | int) else "eps"
     )
     return f"runs/{datetime.now():%Y%m%d-%H%M%S}-{dataset}-{label}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class Run:

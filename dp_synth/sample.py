@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     """Sample a finished run."""
     run = Run.open(cfg.run)
     if not is_on(cfg.sampler):
-        raise UserError("sampler=none draws nothing; choose one, such as sampler=ddim.")
+        raise UserError("sampler=none draws nothing; choose one, such as sampler=dpm_solver.")
     out = Path(cfg.out) if cfg.out else run.next_samples_dir()
     if out.exists():
         raise UserError(f"out={out} exists; a data set is never overwritten, choose another.")

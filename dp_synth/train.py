@@ -1,16 +1,20 @@
 """``python -m dp_synth.train``: public pre-training, DP fine-tuning, sampling, evaluation, report."""
 
+import sys
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.building import build_network, is_on, load_images
+from dp_synth.building import build_module, build_network, is_on, load_images
+from dp_synth.checks import count
 from dp_synth.cli import command
 from dp_synth.evaluate import evaluate_run
 from dp_synth.finetuning import fine_tune
-from dp_synth.fitting import Interrupted
+from dp_synth.fitting import Interrupted, build_trainer
 from dp_synth.networks import carry_over
 from dp_synth.pretraining import load_public, pretrained
+from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.report import report_runs
 from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
@@ -33,6 +37,7 @@ def train(cfg: DictConfig, path: str) -> Run:
         Interrupted: training was stopped after a whole step; the run can be continued.
     """
     plan = instantiate(cfg.privacy).calibrate()
+    check(cfg, plan)
     sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
     public = load_public(cfg) if is_on(cfg.public) else None
 
@@ -55,6 +60,18 @@ def train(cfg: DictConfig, path: str) -> Run:
     return run
 
 
+def check(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
+    """Build once, on declared shapes, what training will build: mistakes show before any image.
+
+    Raises:
+        UserError: naming the key of what cannot be built.
+    """
+    net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes)
+    build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    build_trainer(cfg.trainer)
+    count("trainer.checkpoint_every", cfg.trainer.checkpoint_every)
+
+
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Run the main job and give a sweep its objective."""
@@ -64,10 +81,12 @@ def main(cfg: DictConfig) -> float | None:
     try:
         run = train(cfg, path)
     except Interrupted as stop:
-        raise SystemExit(
-            f"Stopped: {stop}. The state is saved; continue with\n"
-            f"    python -m dp_synth.train run={path} resume=true"
-        ) from None
+        print(
+            f"\nStopped: {stop}. What is done is saved; continue with\n"
+            f"    python -m dp_synth.train run={path} resume=true",
+            file=sys.stderr,
+        )
+        raise KeyboardInterrupt from stop
     print_summary(run)
     return run.metrics().get(cfg.objective)
 

@@ -14,7 +14,7 @@ from conftest import SHORT, files_below, tiny_images, tiny_module, weights_of
 from omegaconf import OmegaConf
 
 from dp_synth import building, finetuning, train
-from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO, newest_first
+from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO, newest_first, resume_point
 from dp_synth.errors import UserError
 from dp_synth.fitting import Interrupted, fit
 from dp_synth.privacy.callback import PrivacyEngineCallback
@@ -192,7 +192,24 @@ def test_checkpoints_are_data_for_the_owner_alone(finished_run):
     for file in files:
         assert file.stat().st_mode & 0o777 == 0o600
         assert {"state_dict", "ema", "callbacks"} <= set(read(file))
-    assert len(list(finished_run.checkpoints_dir.iterdir())) == 2
+    others = {path.name for path in finished_run.checkpoints_dir.iterdir()} - {
+        f.name for f in files
+    }
+    assert others == {"furthest"}
+
+
+def test_an_abandoned_branch_is_refused(tmp_path):
+    """Going back to an older checkpoint would take, and spend, its later steps a second time."""
+    (tmp_path / "furthest").write_text("7\n")
+    (tmp_path / "step=000005.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match="step=000007.ckpt is missing"):
+        resume_point(tmp_path)
+    (tmp_path / "step=000007.ckpt").write_bytes(b"")
+    assert resume_point(tmp_path) == tmp_path / "step=000007.ckpt"
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path):
+    assert resume_point(tmp_path) is None
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

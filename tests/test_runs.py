@@ -10,7 +10,8 @@ from conftest import compose, files_below, tiny_diffusion, tiny_images, tiny_net
 from diffusers import DDPMPipeline, UNet2DModel
 
 from dp_synth.errors import UserError
-from dp_synth.runs import Run, default_run_dir, read_samples, write_atomically, write_samples
+from dp_synth.files import write_atomically
+from dp_synth.runs import Run, default_run_dir, read_samples, write_samples
 
 
 @pytest.mark.parametrize(
