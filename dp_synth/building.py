@@ -7,10 +7,11 @@ from diffusers import UNet2DModel
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.checks import positive
+from dp_synth.checks import count, fraction, positive, whole
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
+from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule
 from dp_synth.networks import Trainable, choose_trainable
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
@@ -19,6 +20,29 @@ from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 def is_on(group: DictConfig) -> bool:
     """Whether a config group names something to do (its ``none`` option does not)."""
     return "_target_" in group or "load" in group
+
+
+def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
+    """Build once, on declared shapes, what a run will build: mistakes show before any image.
+
+    Raises:
+        UserError: naming the key of what cannot be built.
+    """
+    whole("seed", cfg.seed)
+    positive("model.lr", cfg.model.lr)
+    fraction("model.ema_decay", cfg.model.ema_decay)
+    fraction("model.label_dropout", cfg.model.label_dropout)
+    count("trainer.checkpoint_every", cfg.trainer.checkpoint_every)
+    if is_on(cfg.public):
+        positive("public.lr", cfg.public.lr)
+        count("public.steps", cfg.public.steps)
+        count("public.batch_size", cfg.public.batch_size)
+    net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes)
+    build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    build_trainer(cfg.trainer)
+    for group in (cfg.sampler, cfg.evaluator):
+        if is_on(group):
+            instantiate(group)
 
 
 def build_network(cfg: DictConfig, image_shape: tuple[int, int, int], classes: int) -> UNet2DModel:
@@ -36,8 +60,18 @@ def build_module(
     lr: float,
     trainable: Trainable = "all",
 ) -> DiffusionModule:
-    """The module that trains ``net`` under a plan."""
-    positive("model.lr", lr)
+    """The module that trains ``net`` under a plan.
+
+    Args:
+        cfg: the config of a run, which ``check_config`` has found sound.
+        net: its parameters are frozen where ``trainable`` says so.
+        plan: multiplicity, and where randomness comes from.
+        lr: Adam's learning rate.
+        trainable: see ``networks.choose_trainable``.
+
+    Raises:
+        UserError: ``trainable`` names no parameter.
+    """
     choose_trainable(net, trainable)
     return DiffusionModule(
         net=net,

@@ -108,15 +108,15 @@ def resume_point(directory: Path) -> Path | None:
         UserError: the furthest checkpoint is gone.
     """
     note = directory / _FURTHEST
-    if not note.is_file():
-        return None
-    furthest = _path(directory, int(note.read_text()))
-    if not furthest.is_file():
+    noted = _path(directory, int(note.read_text())) if note.is_file() else None
+    # A crash between the two writes leaves the note one checkpoint behind, never ahead.
+    newest = next(iter(newest_first(directory)), None)
+    if noted is not None and (newest is None or newest.name < noted.name):
         raise UserError(
-            f"{furthest} is missing; an older checkpoint would spend its steps' eps a second time, "
+            f"{noted} is missing; an older checkpoint would spend its steps' eps a second time, "
             "so restore this file or start a new run."
         )
-    return furthest
+    return newest
 
 
 def _path(directory: Path, steps_taken: int) -> Path:

@@ -9,28 +9,50 @@ from dp_synth.errors import UserError
 
 def positive(key: str, value: Any) -> float:
     """The value as a float; UserError unless it is a finite number above 0."""
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    if not good or not (math.isfinite(value) and value > 0):
+    number = _number(value)
+    if not (math.isfinite(number) and number > 0):
         raise UserError(f"{key}={value!r} must be a finite number above 0.")
-    return float(value)
+    return number
+
+
+def not_negative(key: str, value: Any) -> float:
+    """The value as a float; UserError unless it is a finite number, 0 or more."""
+    number = _number(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise UserError(f"{key}={value!r} must be a finite number, 0 or more.")
+    return number
+
+
+def fraction(key: str, value: Any) -> float:
+    """The value as a float; UserError unless it is a number from 0 to 1."""
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise UserError(f"{key}={value!r} must be a number from 0 to 1.")
+    return number
 
 
 def whole(key: str, value: Any) -> int:
     """The value as an int; UserError unless it is a whole number, 0 or more."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
-    if number < 0 or not number.is_integer():
+    number = _number(value)
+    if not (number >= 0 and number.is_integer()):
         raise UserError(f"{key}={value!r} must be a whole number, 0 or more.")
     return int(value)
 
 
 def count(key: str, value: Any) -> int:
     """The value as an int; UserError unless it is a whole number, 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 1:
+    number = _number(value)
+    if not (number >= 1 and number.is_integer()):
         raise UserError(f"{key}={value!r} must be a whole number, 1 or more.")
-    return whole(key, value)
+    return int(value)
 
 
 def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
     """UserError unless the value is among the choices."""
     if value not in choices:
         raise UserError(f"{key}={value!r} is unknown; use {' or '.join(choices)}.")
+
+
+def _number(value: Any) -> float:
+    """The value as a float; NaN, which no range holds, where it is no number."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan

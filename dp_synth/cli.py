@@ -4,9 +4,11 @@ import difflib
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,7 +60,9 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 version_base="1.3", config_path=str(conf_dir()), config_name=config_name
             )(job)
             try:
-                app()
+                # Hydra ends the process by itself (exit code 1) unless it lets exceptions through.
+                with _environment(HYDRA_FULL_ERROR="1"):
+                    app()
             except (HydraException, OmegaConfBaseException, OSError) as error:
                 mistakes.append(_as_user_error(error, config_name))
             except KeyboardInterrupt:
@@ -72,9 +76,6 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 
 def _prepare_process() -> None:
-    _Traceback.wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Hydra ends the process by itself (exit code 1) unless it is told to let exceptions through.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     OmegaConf.register_new_resolver("run_dir", default_run_dir, replace=True, use_cache=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -87,8 +88,19 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     print(f"Warning: {message}", file=sys.stderr)
 
 
-class _Traceback:
-    wanted = False
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for a while; child processes of later do not inherit them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -98,7 +110,7 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _fail(config_name: str, mistakes: list[UserError]) -> NoReturn:
-    if _Traceback.wanted:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise mistakes[0]
     for mistake in mistakes:
         print(f"dp_synth.{config_name}: {mistake}", file=sys.stderr)
@@ -132,10 +144,19 @@ def _sentence(error: BaseException, config_name: str) -> str:
         return f"{error.full_key} is required: give {error.full_key}=..."
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
+    if argument := _unknown_argument(error):
+        return f"{argument} is not a key of the configuration; --help lists the keys."
     unknown = next(filter(None, (getattr(e, "full_key", None) for e in _causes(error))), None)
     if str(error).startswith("Could not override") and unknown:
         return f"{unknown} is not a key of the configuration; {_suggestion(unknown, config_name)}"
     return " ".join(str(error).split())
+
+
+def _unknown_argument(error: BaseException) -> str | None:
+    """The key, added with ``+``, that the callable of its group does not take; None otherwise."""
+    argument = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    group = re.search(r"full_key: (\S+)", str(error))
+    return f"{group[1]}.{argument[1]}" if argument and group else None
 
 
 def _suggestion(unknown: str, config_name: str) -> str:

@@ -13,12 +13,14 @@ from omegaconf import DictConfig
 
 from dp_synth.building import build_module, build_network, is_on
 from dp_synth.data.module import Batch
+from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule, GradientEngine, MeanGradient
 from dp_synth.pretraining import is_cached
 from dp_synth.privacy.clipping import ClippingEngine
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 _REPEATS = 3
+_DEFAULT_ROWS = 256  # measured at once where trainer.micro_batch_size is null
 
 
 def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, Any]:
@@ -33,8 +35,11 @@ def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, 
         ``device``, ``parameters``, ``trainable_parameters``, ``hours_fine_tuning``,
         ``hours_pretraining`` (0 if the cache has the public model), ``hours_sampling`` and
         ``memory_mib``: the peak of this process on a CPU, of the allocator on a GPU.
+
+    Raises:
+        UserError: the trainer's device is not there.
     """
-    device = torch.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
+    device = build_trainer(cfg.trainer).strategy.root_device
     net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes).to(device)
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
     rows = plan.steps * plan.batch_size * plan.multiplicity
@@ -58,7 +63,8 @@ def _seconds_per_row(
         engine = ClippingEngine(
             module.net, plan.max_grad_norm, cfg.trainer.micro_batch_size, mode=plan.engine
         )
-    examples = max(1, min(plan.batch_size, cfg.trainer.micro_batch_size // plan.multiplicity))
+    rows_at_once = cfg.trainer.micro_batch_size or _DEFAULT_ROWS
+    examples = max(1, min(plan.batch_size, rows_at_once // plan.multiplicity))
     rows = module.draw_rows(_random_batch(cfg, examples, module.net.device), step=0)
     loss = module.diffusion.row_loss(module.net)
     seconds = _seconds(lambda: engine.accumulate(loss, rows, plan.multiplicity))

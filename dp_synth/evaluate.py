@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dp_synth.building import is_on, load_images
+from dp_synth.checks import whole
 from dp_synth.cli import command
 from dp_synth.data.folder import read_image_folder
 from dp_synth.errors import UserError
@@ -14,20 +15,30 @@ from dp_synth.runs import Run
 from dp_synth.summary import print_metrics
 
 
-def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> None:
+def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict[str, float]:
     """Measure synthetic data against the private data set and the baselines.
 
-    Writes ``metrics.json`` and ``metrics_meta.json``, and lists the look at private images in the
-    statement: it is not covered by eps.
+    Lists the look at private images in the statement: it is not covered by eps. The metrics of the
+    run's own ``samples/`` go to ``metrics.json`` and ``metrics_meta.json``.
 
     Args:
         run: a finished run; its config says which data set is private and which is public.
         cfg: holds ``evaluator`` and ``seed``.
         samples: the synthetic data; the run's own unless another folder is named.
+
+    Returns:
+        The metrics.
     """
     own = run.config()
+    samples = samples or run.samples_dir
+    # Before the look itself: a crash in the middle has looked, too.
+    run.record_look(
+        "Evaluation compared synthetic data with private images, without noise.",
+        samples=samples.name,
+        evaluator=cfg.evaluator._target_,
+    )
     metrics, meta = instantiate(cfg.evaluator)(
-        synthetic=read_image_folder(samples or run.samples_dir),
+        synthetic=read_image_folder(samples),
         public_only=(
             read_image_folder(run.public_only_dir) if run.public_only_dir.is_dir() else None
         ),
@@ -36,19 +47,16 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> None
         public=load_public(own) if is_on(own.public) else None,
         seed=cfg.seed,
     )
-    looks = sorted(name for name, entry in meta.items() if entry["private"])
-    run.record_look(
-        f"Evaluation (evaluator={cfg.evaluator._target_}) compared the synthetic data with private "
-        "images.",
-        looks,
-    )
-    run.write_metrics(metrics, meta)
+    if samples == run.samples_dir:
+        run.write_metrics(metrics, meta)
+    return metrics
 
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluate a finished run, or any image folder against its private data set."""
     run = Run.open(cfg.run)
+    whole("seed", cfg.seed)
     if not is_on(cfg.evaluator):
         raise UserError("evaluator=none measures nothing; choose one, such as evaluator=quick.")
     samples = Path(cfg.samples) if cfg.samples else run.samples_dir
@@ -57,8 +65,7 @@ def main(cfg: DictConfig) -> None:
             f"samples={samples} is not a directory; draw samples first with "
             f"python -m dp_synth.sample run={run.path}."
         )
-    evaluate_run(run, cfg, samples)
-    print_metrics(run)
+    print_metrics(evaluate_run(run, cfg, samples))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from dp_synth.building import build_logger, build_module
 from dp_synth.checkpoints import PeriodicCheckpoint, resume_point
 from dp_synth.data.images import Images
-from dp_synth.fitting import fit
+from dp_synth.fitting import Interrupted, fit
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.runs import Run
 from dp_synth.versions import versions
@@ -34,15 +34,19 @@ def fine_tune(
         return
     run.write_statement(plan.statement(0, status="running") | versions())
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
-    fit(
-        module,
-        images,
-        plan,
-        cfg.trainer,
-        caption="fine-tuning",
-        logger=build_logger(cfg, run.logs_dir),
-        checkpoints=PeriodicCheckpoint(run.checkpoints_dir, cfg.trainer.checkpoint_every),
-        resume_from=resume_point(run.checkpoints_dir),
-    )
+    try:
+        fit(
+            module,
+            images,
+            plan,
+            cfg.trainer,
+            caption="fine-tuning",
+            logger=build_logger(cfg, run.logs_dir),
+            checkpoints=PeriodicCheckpoint(run.checkpoints_dir, cfg.trainer.checkpoint_every),
+            resume_from=resume_point(run.checkpoints_dir),
+        )
+    except Interrupted as stop:
+        run.write_statement(plan.statement(stop.steps_taken, status="interrupted") | versions())
+        raise
     run.write_statement(plan.statement(plan.steps, status="finished") | versions())
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))

@@ -1,26 +1,42 @@
 """Fits a diffusion model to images under a plan; the same code with and without privacy."""
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO
-from dp_synth.checks import count
+from dp_synth.checks import count, one_of
 from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
 from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
+# Those whose clipped sums are added in float32; in half precision a sum over a batch would round by
+# more than one example may contribute.
+PRECISIONS = ("32-true", "bf16-mixed")
+
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C or by trainer.max_time after a whole step, and was saved."""
+    """Training was stopped by Ctrl-C or by trainer.max_time after a whole step, and was saved.
+
+    Args:
+        steps_taken: all of them, those of earlier sittings included.
+        steps: what the plan holds.
+        caption: the phase.
+    """
+
+    def __init__(self, steps_taken: int, steps: int, caption: str) -> None:
+        super().__init__(f"{steps_taken} of {steps} steps of {caption} taken")
+        self.steps_taken = steps_taken
 
 
 class GracefulInterrupt(Callback):
@@ -61,6 +77,15 @@ class GracefulInterrupt(Callback):
         if hasattr(self, "previous"):
             signal.signal(signal.SIGINT, self.previous)
 
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Give SIGINT back after an error, too: Lightning then tears nothing down."""
+        self.teardown(trainer, pl_module, stage="fit")
+
 
 def fit(
     module: DiffusionModule,
@@ -88,7 +113,11 @@ def fit(
     Raises:
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
     """
+    if len(images) != plan.num_examples:
+        raise ValueError(f"the plan is for {plan.num_examples} examples, not {len(images)}")
     callbacks = [*plan.callbacks(caption, trainer_cfg.micro_batch_size), GracefulInterrupt()]
+    if trainer_cfg.max_time is not None:
+        callbacks.append(_TimeLimit(trainer_cfg.max_time, verbose=False))
     trainer = build_trainer(
         trainer_cfg,
         max_steps=plan.steps,
@@ -102,7 +131,7 @@ def fit(
     if trainer.global_step < plan.steps:
         if checkpoints is not None:
             checkpoints.save(trainer)
-        raise Interrupted(f"{trainer.global_step} of {plan.steps} steps of {caption} taken")
+        raise Interrupted(trainer.global_step, plan.steps, caption)
 
 
 def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
@@ -112,15 +141,19 @@ def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
         UserError: there is no such accelerator here, or ``trainer.devices`` asks for several
             processes.
     """
-    count("trainer.micro_batch_size", trainer_cfg.micro_batch_size)
+    one_of("trainer.precision", trainer_cfg.precision, PRECISIONS)
+    if trainer_cfg.micro_batch_size is not None:
+        count("trainer.micro_batch_size", trainer_cfg.micro_batch_size)
     try:
         trainer = lightning.Trainer(
             accelerator=trainer_cfg.accelerator,
             devices=trainer_cfg.devices,
             precision=trainer_cfg.precision,
-            max_time=trainer_cfg.max_time,
             max_epochs=-1,
-            plugins=[SafeCheckpointIO()],
+            plugins=[SafeCheckpointIO(), *_cluster_plugins()],
+            # Under SLURM, Lightning would take any checkpoint that it finds there for its own, also
+            # one of a private run for public training. Nothing is to be found here.
+            default_root_dir=os.devnull,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -144,3 +177,16 @@ def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
             "training runs on one: trainer.devices=1 would work."
         )
     return trainer
+
+
+def _cluster_plugins() -> list[Any]:
+    """No requeueing by Lightning: it would write checkpoints of its own, and resume from them."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+class _TimeLimit(Timer):
+    """``trainer.max_time`` for this sitting: a resumed run has all of it again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: time spent in an earlier sitting does not count."""
+        return {}

@@ -7,14 +7,20 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.building import is_on
+from dp_synth.building import check_config, is_on
 from dp_synth.cli import command
 from dp_synth.costs import measure_costs
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.privacy.wording import eps_at_delta, round_up
 
 _CURVE_POINTS = 11
+_PHASES = (
+    ("Pre-training", "pretraining"),
+    ("Fine-tuning", "fine_tuning"),
+    ("Sampling", "sampling"),
+)
 _MECHANISM = (
     "eps",
     "delta",
@@ -41,8 +47,12 @@ def plan_run(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         A flat dict fit for JSON: the mechanism in the words of ``privacy.json``, ``eps_curve`` as
         (steps, eps) pairs, ``sampled_images``, and what ``costs.measure_costs`` gives.
+
+    Raises:
+        UserError: the run itself would be refused.
     """
     plan = instantiate(cfg.privacy).calibrate()
+    check_config(cfg, plan)
     return {
         "dataset": cfg.dataset.name,
         **mechanism(plan),
@@ -71,15 +81,15 @@ def _print_price(price: dict[str, Any]) -> None:
         f"{price['trainable_parameters']:,} of them trained"
     )
     print(f"Memory              {price['memory_mib']:,.0f} MiB on {price['device']}")
-    for phase in ("pretraining", "fine_tuning", "sampling"):
-        print(f"{phase.replace('_', '-').capitalize():<20}{_duration(price[f'hours_{phase}'])}")
+    for label, phase in _PHASES:
+        print(f"{label:<20}{_duration(price[f'hours_{phase}'])}")
     print("Times are extrapolated from a few calls on random images; evaluation is not included.")
 
 
 def _print_mechanism(price: dict[str, Any]) -> None:
     print(
-        f"Privacy             eps = {price['eps']:.4g} at delta = {price['delta']:g} by "
-        f"{price['accountant']} ({price['eps_rdp']:.4g} by rdp)"
+        f"Privacy             {eps_at_delta(price['eps'], price['delta'])} by "
+        f"{price['accountant']} ({round_up(price['eps_rdp'])} by rdp)"
     )
     print(
         f"Protects            one {price['unit']} of N = {price['num_examples']:,}, "
@@ -97,6 +107,8 @@ def _print_mechanism(price: dict[str, Any]) -> None:
 def _duration(hours: float) -> str:
     if hours == 0:
         return "nothing to do"
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} seconds"
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
     return f"{hours:.1f} hours"

@@ -20,11 +20,19 @@ from dp_synth.runs import Run
 def cache_key(cfg: DictConfig) -> str:
     """A hash of everything that the public model depends on."""
     relevant = OmegaConf.to_container(
-        OmegaConf.create({"public": cfg.public, "model": cfg.model, "seed": cfg.seed}), resolve=True
+        OmegaConf.create(
+            {
+                "public": cfg.public,
+                "model": cfg.model,
+                "flip": cfg.dataset.flip,
+                "precision": cfg.trainer.precision,
+                "seed": cfg.seed,
+            }
+        ),
+        resolve=True,
     )
     assert isinstance(relevant, dict)
-    for key in ("cache",):
-        relevant["public"].pop(key)
+    relevant["public"].pop("cache")
     for key in ("lr", "trainable"):  # of the private phase
         relevant["model"].pop(key)
     relevant["version"] = dp_synth.__version__

@@ -14,7 +14,29 @@ _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0
 _PRIVATE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
 
 
-class PublicProgress(Callback):
+class _Progress(Callback):
+    """A bar that is closed whatever happens."""
+
+    bar: tqdm
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Close the bar."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Close the bar after an error, too: Lightning then tears nothing down."""
+        self.teardown(trainer, pl_module, stage="fit")
+
+
+class PublicProgress(_Progress):
     """Steps, rate and the smoothed training loss of public training.
 
     Args:
@@ -47,28 +69,12 @@ class PublicProgress(Callback):
         loss = pl_module.engine.loss
         self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
         if trainer.logger is not None and trainer.global_step % 50 == 0:
-            trainer.logger.log_metrics({"public/loss": self.loss}, step=trainer.global_step)
+            trainer.logger.log_metrics({"loss": self.loss}, step=trainer.global_step)
         self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
         self.bar.update()
 
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
-        """Close the bar."""
-        if hasattr(self, "bar"):
-            self.bar.close()
 
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Close the bar after an error, too: Lightning then tears nothing down."""
-        self.teardown(trainer, pl_module, stage="fit")
-
-
-class PrivateProgress(Callback):
+class PrivateProgress(_Progress):
     """Steps and eps of private training: functions of the plan and the step number alone.
 
     Args:
@@ -112,19 +118,3 @@ class PrivateProgress(Callback):
             trainer.logger.log_metrics({"eps": eps}, step=trainer.global_step)
         self.bar.set_postfix_str(f"eps spent {eps:.2f}", refresh=False)
         self.bar.update()
-
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
-        """Close the bar."""
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Close the bar after an error, too: Lightning then tears nothing down."""
-        self.teardown(trainer, pl_module, stage="fit")

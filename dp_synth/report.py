@@ -9,9 +9,10 @@ from dp_synth import __version__
 from dp_synth.cli import command
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
+from dp_synth.privacy.wording import round_up
 from dp_synth.reporting import charts
 from dp_synth.reporting.comparison import accuracy_charts
-from dp_synth.reporting.content import odds_factor, read_content, round_up
+from dp_synth.reporting.content import odds_factor, read_content
 from dp_synth.runs import Run
 
 

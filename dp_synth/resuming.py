@@ -8,7 +8,7 @@ from dp_synth.errors import UserError
 from dp_synth.runs import Run
 
 # What may change between two sittings of one run: where it computes and logs, not what.
-_FREE = {"run", "resume", "run_dir", "trainer", "logger", "objective", "hydra"}
+_FREE = {"run", "resume", "run_dir", "trainer", "logger", "objective"}
 
 
 def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -27,6 +27,8 @@ def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0].replace("/", ".")
         if key.split(".")[0] in _FREE:
+            if OmegaConf.select(cfg, key) is not None:
+                OmegaConf.update(stored, key, OmegaConf.select(cfg, key), merge=False)
             continue
         began_with, asked = OmegaConf.select(stored, key), OmegaConf.select(cfg, key)
         if began_with != asked:
@@ -34,8 +36,5 @@ def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"{override} is not what run={cfg.run} began with; a run is continued under the "
                 f"plan that it began with, so leave {key} out."
             )
-    for group in ("trainer", "logger"):
-        if any(override.lstrip("+~").startswith(group) for override in overrides):
-            stored[group] = cfg[group]
     stored.run, stored.resume, stored.run_dir = cfg.run, True, cfg.run
     return stored

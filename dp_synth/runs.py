@@ -3,18 +3,26 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMPipeline, UNet2DModel
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
-from dp_synth.data.folder import read_image_folder, write_image_folder
+from dp_synth.data.folder import write_image_folder
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
+from dp_synth.versions import versions
+
+# What a stored config may have called; it may come from elsewhere with its run.
+_CALLABLE = ("dp_synth.", "diffusers.", "lightning.pytorch.loggers.")
 
 
 def default_run_dir(run: str | None, dataset: str, eps: float | None) -> str:
@@ -62,7 +70,9 @@ class Run:
                 f"with run={run.path} resume=true."
             )
         run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.config_path, OmegaConf.to_yaml(cfg, resolve=True))
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(resolved, dict)
+        write_atomically(run.config_path, OmegaConf.to_yaml({**resolved, **versions()}))
         return run
 
     @classmethod
@@ -82,15 +92,47 @@ class Run:
             )
         return run
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run: two branches would spend eps twice.
+
+        Raises:
+            UserError: another process holds the run.
+        """
+        self.checkpoints_dir.mkdir(exist_ok=True)
+        try:
+            with FileLock(self.checkpoints_dir / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise UserError(
+                f"run={self.path} is being trained by another process; wait for it or stop it."
+            ) from error
+
     def config(self) -> DictConfig:
-        """The resolved config of the run."""
-        cfg = OmegaConf.load(self.config_path)
+        """The resolved config of the run.
+
+        Raises:
+            UserError: it is not YAML, or names code that is not this program's to call.
+        """
+        try:
+            cfg = OmegaConf.load(self.config_path)
+        except YAMLError as error:
+            raise UserError(f"{self.config_path} is not YAML; the file is damaged.") from error
         assert isinstance(cfg, DictConfig)
+        for target in _targets(cfg):
+            if not target.startswith(_CALLABLE):
+                raise UserError(
+                    f"{self.config_path} names {target}, which no run of this program calls; use "
+                    "runs that you trust."
+                )
         return cfg
 
     def write_statement(self, statement: dict[str, Any]) -> None:
-        """Write ``privacy.json``."""
-        write_atomically(self.privacy_path, json.dumps(statement, indent=2) + "\n")
+        """Write ``privacy.json``; looks that an earlier one lists stay listed."""
+        if self.privacy_path.is_file():
+            looks = self.statement().get("unaccounted_looks", [])
+            statement = statement | {"unaccounted_looks": looks}
+        write_atomically(self.privacy_path, json.dumps(statement, indent=2, allow_nan=False) + "\n")
 
     def statement(self) -> dict[str, Any]:
         """Read ``privacy.json``.
@@ -102,13 +144,14 @@ class Run:
             raise UserError(f"{self.privacy_path} is missing: the run never began to train.")
         return json.loads(self.privacy_path.read_text())
 
-    def record_look(self, what: str, metrics: list[str]) -> None:
-        """Add a look at private images that eps does not cover to ``privacy.json``, once."""
+    def record_look(self, what: str, **details: Any) -> None:
+        """Add a look at private images that eps does not cover to ``privacy.json``.
+
+        Every look is an entry of its own: the best of twenty measurements is twenty looks.
+        """
         statement = self.statement()
-        look = {"what": what, "metrics": metrics}
-        if metrics and look not in statement["unaccounted_looks"]:
-            statement["unaccounted_looks"].append(look)
-            self.write_statement(statement)
+        statement["unaccounted_looks"].append({"what": what, **details})
+        write_atomically(self.privacy_path, json.dumps(statement, indent=2) + "\n")
 
     def save_model(self, net: UNet2DModel, diffusion: Diffusion, classes: tuple[str, ...]) -> None:
         """Write ``model/`` so that both a network and a pipeline of diffusers open it.
@@ -117,6 +160,8 @@ class Run:
         ``DDPMPipeline.from_pretrained`` in ``unet/``: they are one file with two names where the
         file system can do that.
         """
+        if self.has_model():
+            raise RuntimeError(f"{self.model_dir} exists; a model is never replaced")
         staging = self.path / ".model.partial"
         shutil.rmtree(staging, ignore_errors=True)
         DDPMPipeline(net, diffusion.schedule).save_pretrained(staging)
@@ -126,7 +171,6 @@ class Run:
             except OSError:
                 shutil.copy2(file, staging / file.name)
         (staging / "classes.json").write_text(json.dumps(list(classes)))
-        shutil.rmtree(self.model_dir, ignore_errors=True)
         staging.rename(self.model_dir)
 
     def has_model(self) -> bool:
@@ -146,9 +190,9 @@ class Run:
             )
         try:
             classes = json.loads((self.model_dir / "classes.json").read_text())
-            return UNet2DModel.from_pretrained(self.model_dir, low_cpu_mem_usage=False), tuple(
-                classes
-            )
+            return UNet2DModel.from_pretrained(
+                self.model_dir, low_cpu_mem_usage=False, use_safetensors=True
+            ), tuple(classes)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.model_dir} cannot be read as a model of this program: it is damaged or "
@@ -179,6 +223,15 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _targets(node: Any) -> Iterator[str]:
+    """Whatever a config would have Hydra call."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for key in node:
+            yield from _targets(node[key])
+
+
 def write_samples(images: Images, directory: Path, card: str) -> None:
     """Write a synthetic data set and its card, whole or not at all.
 
@@ -192,8 +245,3 @@ def write_samples(images: Images, directory: Path, card: str) -> None:
     write_image_folder(images, staging)
     (staging / "README.md").write_text(card)
     staging.rename(directory)
-
-
-def read_samples(directory: Path) -> Images:
-    """Read a synthetic data set."""
-    return read_image_folder(directory)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from dp_synth.building import build_diffusion, is_on
 from dp_synth.cards import sample_card
+from dp_synth.checks import whole
 from dp_synth.cli import command
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
@@ -62,6 +63,7 @@ def first_of_each_class(images: Images, count: int) -> list[int]:
 def main(cfg: DictConfig) -> None:
     """Sample a finished run."""
     run = Run.open(cfg.run)
+    whole("seed", cfg.seed)
     if not is_on(cfg.sampler):
         raise UserError("sampler=none draws nothing; choose one, such as sampler=dpm_solver.")
     out = Path(cfg.out) if cfg.out else run.next_samples_dir()

@@ -1,5 +1,6 @@
 """A sampler is a function (denoiser, noise) -> images; the step rules are diffusers' schedulers."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dp_synth.checks import count, one_of
+from dp_synth.checks import count, not_negative, one_of
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_uint8
 from dp_synth.diffusion import Denoiser, Diffusion, guided
@@ -33,7 +34,7 @@ def integrate(
     scheduler.set_timesteps(steps, device=noise.device)
     x = noise * scheduler.init_noise_sigma
     # Only stochastic rules take a generator; a deterministic one would reject the argument.
-    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
@@ -53,6 +54,9 @@ class Sampler:
         labels: "uniform": every class equally often. The true proportions are private.
         guidance: classifier-free guidance strength; 0 is off.
         batch_size: images per network call.
+
+    Raises:
+        UserError: a value out of range, naming its key.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Sampler:
         self.steps = count("sampler.steps", steps)
         self.num_images = count("sampler.num_images", num_images)
         self.batch_size = count("sampler.batch_size", batch_size)
-        self.guidance = guidance
+        self.guidance = not_negative("sampler.guidance", guidance)
         one_of("sampler.labels", labels, ("uniform",))
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The closing lines of a command."""
 
+from dp_synth.privacy.wording import eps_at_delta, is_void
 from dp_synth.runs import Run
 
 _ROWS = (
@@ -15,21 +16,22 @@ def print_summary(run: Run) -> None:
     print(f"\nRun        {run.path}")
     if statement["eps"] is None:
         print("Privacy    none")
+    elif is_void(statement):
+        print(f"Privacy    {statement['guarantee']}")
     else:
         print(
-            f"Privacy    eps = {statement['eps']:.4g} at delta = {statement['delta']:g}, "
+            f"Privacy    {eps_at_delta(statement['eps'], statement['delta'])}, "
             f"{statement['steps']} steps ({run.privacy_path})"
         )
     if run.samples_dir.is_dir():
         print(f"Samples    {run.samples_dir}")
-    print_metrics(run)
+    print_metrics(run.metrics())
     if run.report_path.is_file():
         print(f"Report     {run.report_path}")
 
 
-def print_metrics(run: Run) -> None:
+def print_metrics(metrics: dict[str, float]) -> None:
     """Downstream accuracy beside its baselines, with 95 % intervals."""
-    metrics = run.metrics()
     rows = [(label, key) for label, key in _ROWS if key in metrics]
     if rows:
         print("Accuracy of a classifier on real test images, trained on")

@@ -3,18 +3,18 @@
 import sys
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.building import build_module, build_network, is_on, load_images
-from dp_synth.checks import count
+from dp_synth.building import build_network, check_config, is_on, load_images
 from dp_synth.cli import command
+from dp_synth.errors import UserError
 from dp_synth.evaluate import evaluate_run
 from dp_synth.finetuning import fine_tune
-from dp_synth.fitting import Interrupted, build_trainer
+from dp_synth.fitting import Interrupted
 from dp_synth.networks import carry_over
 from dp_synth.pretraining import load_public, pretrained
-from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.report import report_runs
 from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
@@ -37,44 +37,35 @@ def train(cfg: DictConfig, path: str) -> Run:
         Interrupted: training was stopped after a whole step; the run can be continued.
     """
     plan = instantiate(cfg.privacy).calibrate()
-    check(cfg, plan)
+    check_config(cfg, plan)
     sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
     public = load_public(cfg) if is_on(cfg.public) else None
 
     run = Run.open(path) if cfg.resume else Run.create(path, cfg)
-    prior = pretrained(cfg, public) if public is not None else None
+    with run.locked():
+        prior = pretrained(cfg, public) if public is not None else None
 
-    images = load_images(cfg, split="train")
-    net = build_network(cfg, images.shape, len(images.classes))
-    if prior is not None:
-        carry_over(*prior, net, images.classes)
-        if sampler is not None and public is not None:
-            sample_public_only(run, cfg, net, sampler, public, images.classes)
+        images = load_images(cfg, split="train")
+        net = build_network(cfg, images.shape, len(images.classes))
+        if prior is not None:
+            carry_over(*prior, net, images.classes)
+            if sampler is not None and public is not None:
+                sample_public_only(run, cfg, net, sampler, public, images.classes)
 
-    fine_tune(run, cfg, plan, net, images)
-    if sampler is not None:
-        sample_run(run, cfg, sampler, run.samples_dir)
-        if is_on(cfg.evaluator):
-            evaluate_run(run, cfg)
-    report_runs([run], run.report_path)
+        fine_tune(run, cfg, plan, net, images)
+        if sampler is not None:
+            sample_run(run, cfg, sampler, run.samples_dir)
+            if is_on(cfg.evaluator):
+                evaluate_run(run, cfg)
+        report_runs([run], run.report_path)
     return run
-
-
-def check(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
-    """Build once, on declared shapes, what training will build: mistakes show before any image.
-
-    Raises:
-        UserError: naming the key of what cannot be built.
-    """
-    net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes)
-    build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
-    build_trainer(cfg.trainer)
-    count("trainer.checkpoint_every", cfg.trainer.checkpoint_every)
 
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Run the main job and give a sweep its objective."""
+    if cfg.run is not None and not cfg.resume:
+        raise UserError(f"run={cfg.run} is continued by resume=true; a new run takes run_dir=DIR.")
     if cfg.resume:
         cfg = run_to_resume(cfg, HydraConfig.get().overrides.task)
     path = cfg.run if cfg.resume else HydraConfig.get().runtime.output_dir
@@ -88,7 +79,19 @@ def main(cfg: DictConfig) -> float | None:
         )
         raise KeyboardInterrupt from stop
     print_summary(run)
-    return run.metrics().get(cfg.objective)
+    return objective(run, cfg.objective)
+
+
+def objective(run: Run, name: str) -> float | None:
+    """The metric that a sweep compares; where it looked at private images, so does the choice."""
+    metrics = run.metrics()
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not metrics:
+        return None
+    if name not in metrics:
+        raise UserError(f"objective={name} is not a metric; these are: {', '.join(metrics)}.")
+    if run.metrics_meta().get(name, {}).get("private"):
+        run.record_look("A sweep compared this run with others by a private metric.", metric=name)
+    return metrics[name]
 
 
 if __name__ == "__main__":

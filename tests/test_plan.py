@@ -144,12 +144,25 @@ def test_plans_survive_json(kind):
 
 
 def test_a_running_statement_never_understates(plan):
-    running, stopped = plan.statement(3, "running"), plan.statement(3, "stopped")
-    assert running["eps"] == plan.epsilon() and running["steps"] == 41
-    assert stopped["eps"] == plan.epsilon(3) and stopped["steps"] == 3
-    assert running["steps_planned"] == stopped["steps_planned"] == 41
+    running, stopped = plan.statement(0, "running"), plan.statement(3, "interrupted")
+    for statement in (running, stopped):
+        assert statement["eps"] == plan.epsilon() and statement["steps"] == 41
+        assert statement["steps_planned"] == 41
+    assert running["steps_taken"] is None and stopped["steps_taken"] == 3
+    finished = plan.statement(3, "finished")
+    assert finished["eps"] == plan.epsilon(3) and finished["steps"] == 3
     with pytest.raises(UserError):
-        plan.statement(42, "stopped")
+        plan.statement(42, "finished")
+
+
+def test_a_noise_multiplier_that_does_not_keep_eps_is_refused(plan):
+    enough = plan.calibrate().noise_multiplier
+    assert (
+        dataclasses.replace(plan, noise_multiplier=2 * enough).calibrate().noise_multiplier
+        == 2 * enough
+    )
+    with pytest.raises(UserError, match="privacy.noise_multiplier"):
+        dataclasses.replace(plan, noise_multiplier=0.9 * enough).calibrate()
 
 
 def test_the_statement_holds_the_whole_mechanism(plan):
@@ -166,14 +179,9 @@ def test_the_statement_holds_the_whole_mechanism(plan):
         assert any(topic in sentence for sentence in statement["not_covered"])
 
 
-@pytest.mark.parametrize(("eps", "label"), [(10, "eps10"), (0.5, "eps0.5"), (1.0, "eps1")])
-def test_labels_name_directories(eps, label):
-    assert PrivacyPlan(**(GOOD | {"eps": eps})).label == label
-
-
 def test_the_public_plan_promises_nothing():
     plan = PublicPlan(**(PUBLIC | {"batch_size": 100})).calibrate()
-    assert plan.batch_size == 23 and not plan.private and plan.label == "public"
+    assert plan.batch_size == 23 and not plan.private
     assert plan.epsilon() == math.inf
     randomness = plan.randomness(4)
     assert isinstance(randomness, PublicRandomness) and randomness.seed == 4

@@ -21,9 +21,10 @@ from PIL import Image
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.privacy.wording import round_up
 from dp_synth.report import report_runs
 from dp_synth.reporting import charts
-from dp_synth.reporting.content import read_content, round_up
+from dp_synth.reporting.content import read_content
 from dp_synth.reporting.grids import read_grid
 from dp_synth.runs import Run, write_samples
 

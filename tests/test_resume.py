@@ -195,7 +195,7 @@ def test_checkpoints_are_data_for_the_owner_alone(finished_run):
     others = {path.name for path in finished_run.checkpoints_dir.iterdir()} - {
         f.name for f in files
     }
-    assert others == {"furthest"}
+    assert others == {"furthest", ".lock"}
 
 
 def test_an_abandoned_branch_is_refused(tmp_path):
@@ -244,7 +244,7 @@ def stopped_run(command, tmp_path, monkeypatch):
 
 def test_a_stopped_run_states_the_whole_planned_eps(stopped_run):
     statement = stopped_run.statement()
-    assert statement["status"] == "running"
+    assert statement["status"] == "interrupted"
     assert statement["eps"] == pytest.approx(10, rel=2e-3)
 
 

@@ -9,9 +9,14 @@ import torch
 from conftest import compose, files_below, tiny_diffusion, tiny_images, tiny_net, weights_of
 from diffusers import DDPMPipeline, UNet2DModel
 
+from dp_synth.cards import sample_card
+from dp_synth.data.folder import read_image_folder
+from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
-from dp_synth.runs import Run, default_run_dir, read_samples, write_samples
+from dp_synth.privacy.plan import PrivacyPlan
+from dp_synth.runs import Run, default_run_dir, write_samples
+from dp_synth.summary import print_summary
 
 
 @pytest.mark.parametrize(
@@ -62,28 +67,52 @@ def test_statement_and_metrics_before_there_are_any(tmp_path):
         run.statement()
 
 
-def test_a_look_is_recorded_once_and_nothing_else_changes(tmp_path):
+def test_every_look_is_an_entry_and_outlives_a_new_statement(tmp_path):
     run = Run(tmp_path)
     run.write_statement({"eps": 1, "unaccounted_looks": []})
-    run.record_look("nothing was looked at", [])
-    assert run.statement()["unaccounted_looks"] == []
     for _ in range(2):
-        run.record_look("first", ["a", "b"])
-    run.record_look("second", ["a"])
-    assert run.statement() == {
-        "eps": 1,
-        "unaccounted_looks": [
-            {"what": "first", "metrics": ["a", "b"]},
-            {"what": "second", "metrics": ["a"]},
-        ],
-    }
+        run.record_look("first", seed=7)
+    looks = [{"what": "first", "seed": 7}] * 2
+    assert run.statement() == {"eps": 1, "unaccounted_looks": looks}
+    run.write_statement({"eps": 2, "unaccounted_looks": []})
+    assert run.statement() == {"eps": 2, "unaccounted_looks": looks}
+
+
+def test_a_void_guarantee_reaches_the_card_and_the_summary(tmp_path, capsys):
+    plan = PrivacyPlan(
+        eps=3, delta=1e-5, max_grad_norm=1, batch_size=9, steps=2, num_examples=99,
+        unsafe_repeatable_randomness=0,
+    )  # fmt: skip
+    run = Run(tmp_path)
+    run.write_statement(plan.statement(2, "finished"))
+    images = Images(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int64), ("a",))
+    assert "no privacy guarantee" in sample_card(run, images)
+    print_summary(run)
+    assert "void" in capsys.readouterr().out
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    refused = pytest.raises(UserError, match="another process")
+    with Run(tmp_path).locked(), refused, Run(tmp_path).locked():
+        pass
+    with Run(tmp_path).locked():
+        pass
+
+
+def test_a_stored_config_calls_nothing_foreign(tmp_path):
+    run = Run(tmp_path)
+    run.config_path.write_text("model: {network: {_target_: dp_synth.networks.unet}}")
+    assert run.config().model.network._target_ == "dp_synth.networks.unet"
+    run.config_path.write_text("dataset: {load: {_target_: os.system, command: 'true'}}")
+    with pytest.raises(UserError, match="os.system"):
+        run.config()
 
 
 def test_a_model_comes_back_as_it_was(tmp_path):
-    run, net = Run(tmp_path), tiny_net()
-    for seed in (1, 2):  # the second replaces the first whole
-        net = tiny_net(seed)
-        run.save_model(net, tiny_diffusion(), ("a", "b", "c"))
+    run, net = Run(tmp_path), tiny_net(seed=1)
+    run.save_model(net, tiny_diffusion(), ("a", "b", "c"))
+    with pytest.raises(RuntimeError, match="never replaced"):
+        run.save_model(tiny_net(seed=2), tiny_diffusion(), ("a", "b", "c"))
     loaded, classes = run.load_model()
     assert classes == ("a", "b", "c") and torch.equal(weights_of(loaded), weights_of(net))
     for opened in (
@@ -118,7 +147,7 @@ def test_further_samples_are_numbered(tmp_path):
 def test_samples_are_written_whole_or_not_at_all(tmp_path):
     images = tiny_images(7)
     write_samples(images, tmp_path / "samples", "a card")
-    back = read_samples(tmp_path / "samples")
+    back = read_image_folder(tmp_path / "samples")
     order = np.argsort(images.labels, kind="stable")
     assert np.array_equal(back.pixels, images.pixels[order])
     assert np.array_equal(back.labels, images.labels[order])

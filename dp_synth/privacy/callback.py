@@ -52,13 +52,15 @@ class PrivacyEngineCallback(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Put engine and optimizer in place, then check the engine; no private image is read."""
+        """Put engine and optimizer in place; no private image is read."""
         assert isinstance(pl_module, DiffusionModule)
         if trainer.world_size != 1:
             raise UserError(
                 f"trainer.devices gives {trainer.world_size} processes, and private training runs "
                 "on one: trainer.devices=1 would work."
             )
+        # Before Lightning does: the engine's buffers live where the parameters are when it is made.
+        pl_module.net.to(trainer.strategy.root_device)
         engine = ClippingEngine(
             pl_module.net,
             self.plan.max_grad_norm,
@@ -67,7 +69,6 @@ class PrivacyEngineCallback(Callback):
         )
         pl_module.engine = engine
         pl_module.make_optimizer = self._noising(pl_module.make_optimizer)
-        self._check(engine, pl_module, trainer.strategy.root_device)
 
     def _check(
         self, engine: ClippingEngine, pl_module: DiffusionModule, device: torch.device
@@ -80,7 +81,6 @@ class PrivacyEngineCallback(Callback):
         images = torch.randint(0, 256, (_CHECKED_EXAMPLES, channels, height, width))
         labels = torch.randint(0, pl_module.no_label, (_CHECKED_EXAMPLES,))
         batch = Batch(torch.arange(_CHECKED_EXAMPLES), images.byte().to(device), labels.to(device))
-        pl_module.net.to(device)
         check_engine(
             engine,
             pl_module.diffusion.row_loss(pl_module.net),
@@ -111,9 +111,16 @@ class PrivacyEngineCallback(Callback):
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Make what draws from torch's global generator (dropout) private as well."""
+        """Check the engine in the run's precision, and make dropout's randomness private too."""
+        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module.engine, ClippingEngine)
+        with trainer.precision_plugin.forward_context():
+            self._check(pl_module.engine, pl_module, pl_module.device)
         if self.plan.unsafe_repeatable_randomness is None:
             torch.seed()
+            # On a CPU torch.seed keeps 32 bits, few enough to try them all.
+            secret = pl_module.randomness.noise_generator(self.steps_taken, "cpu")
+            torch.set_rng_state(secret.get_state())
 
     def on_train_batch_start(
         self,

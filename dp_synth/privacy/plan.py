@@ -87,14 +87,17 @@ class PrivacyPlan:
         """The probability q with which each example enters each step; never rounded."""
         return self.batch_size / self.num_examples
 
-    @property
-    def label(self) -> str:
-        """For names of directories and runs: eps10, eps0.5."""
-        return f"eps{self.eps:g}"
-
     def calibrate(self) -> Self:
-        """This plan with the smallest noise multiplier that keeps eps; itself if it has one."""
+        """This plan with the smallest noise multiplier that keeps eps; itself if it has one.
+
+        Raises UserError if the noise multiplier that it has does not keep eps.
+        """
         if self.noise_multiplier is not None:
+            if self._spent(self.steps, self.accountant).eps > self.eps * (1 + 1e-6):
+                raise UserError(
+                    f"privacy.noise_multiplier={self.noise_multiplier} does not keep "
+                    f"privacy.eps={self.eps}; leave it out and it is calibrated."
+                )
             return self
         noise_multiplier = accounting.calibrate(
             eps=self.eps,
@@ -169,11 +172,11 @@ class PrivacyPlan:
     def statement(self, steps_taken: int, status: str) -> dict[str, Any]:
         """The privacy statement, fit for JSON: what is guaranteed, and what is not covered.
 
-        While `status` is "running", the eps of the whole plan is stated: a run that is killed must
-        not leave a number below what its later steps spent. Afterwards it is that of `steps_taken`.
+        Until `status` is "finished", the eps of the whole plan is stated: a run that is killed or
+        continued must not leave a number below what its later steps spend.
         """
         plan = self.calibrate()
-        steps = self.steps if status == "running" else steps_taken
+        steps = steps_taken if status == "finished" else self.steps
         spent = plan._spent(steps, self.accountant)
         mechanism = {
             "eps": spent.eps,
@@ -192,7 +195,8 @@ class PrivacyPlan:
             "eps_planned": self.eps,
             "eps_rdp": plan.rdp_epsilon(steps),
             "accountant": spent.accountant,
-            "steps_taken": steps_taken,
+            # While it runs, nobody keeps this file up to date.
+            "steps_taken": None if status == "running" else steps_taken,
             "steps_planned": self.steps,
             "batch_size": self.batch_size,
             "multiplicity": self.multiplicity,
@@ -210,10 +214,10 @@ class PrivacyPlan:
         steps = self.steps if steps_taken is None else steps_taken
         if not 0 <= steps <= self.steps:
             raise UserError(f"{steps} steps are not within the privacy.steps={self.steps} planned.")
-        noise_multiplier = self.calibrate().noise_multiplier
-        assert noise_multiplier is not None
+        plan = self if self.noise_multiplier is not None else self.calibrate()
+        assert plan.noise_multiplier is not None
         return accounting.spent(
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=plan.noise_multiplier,
             sample_rate=self.sample_rate,
             steps=steps,
             delta=self.delta,
@@ -234,7 +238,6 @@ class PublicPlan:
     multiplicity: int = 1
 
     private: ClassVar[bool] = False
-    label: ClassVar[str] = "public"
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size", "steps", "multiplicity"):

@@ -1,4 +1,8 @@
-"""The sentences of the privacy statement: what is assumed, what is promised, what is not covered."""
+"""The words of the privacy statement: what is assumed, promised and not covered; eps as it is shown."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 GUARANTEE = "(eps, delta) differential privacy under the assumptions listed here"
 VOID = "void: privacy.unsafe_repeatable_randomness makes the noise known"
@@ -11,14 +15,15 @@ _TRUST_MODEL = (
 
 NOT_COVERED = (
     (
-        "Hyper-parameter search: runs of other settings on the same private data, and choosing among "
-        "them, spend eps of their own."
+        "Hyper-parameter search: further runs on the same private data, of these or other settings, "
+        "and choosing among them, spend eps of their own."
     ),
     "Evaluation on private images: a metric computed on them is released without noise.",
     "Floating point: the accounting assumes real arithmetic and ideal Gaussian noise.",
+    "The noise generator: started from the operating system's entropy, but no cryptographic one.",
     "The test split: the guarantee covers the training split.",
     "The public data: what the pre-training images or weights reveal about their own subjects.",
-    "The number of examples: num_examples is taken as public.",
+    "The number of examples (num_examples), the class names and the image size: taken as public.",
     "Checkpoints of an unfinished run: they hold optimizer state and are not meant for release.",
     "Time, memory and other side channels of the machine that trains.",
 )
@@ -30,3 +35,22 @@ ASSUMPTIONS = {
     "world_size": 1,
     "trust_model": _TRUST_MODEL,
 }
+
+
+def is_void(statement: Mapping[str, Any]) -> bool:
+    """Whether a run was made with repeatable randomness, so that its eps does not hold."""
+    return str(statement.get("guarantee", "")).startswith("void")
+
+
+def round_up(eps: float) -> str:
+    """eps with 4 significant digits, never below its value: ``9.992292`` becomes ``9.993``."""
+    if eps <= 0 or not math.isfinite(eps):
+        return f"{eps:g}"
+    step = 10.0 ** (math.floor(math.log10(eps)) - 3)
+    # The subtraction forgives a product that binary arithmetic put just above a whole number.
+    return f"{math.ceil(eps / step - 1e-9) * step:.4g}"
+
+
+def eps_at_delta(eps: float, delta: float) -> str:
+    """The guarantee in a line: ``eps = 9.993 at delta = 0.0001``."""
+    return f"eps = {round_up(eps)} at delta = {delta:g}"

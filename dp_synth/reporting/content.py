@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dp_synth.errors import UserError
 from dp_synth.privacy.accounting import ACCOUNTANTS
 from dp_synth.privacy.plan import PrivacyPlan
+from dp_synth.privacy.wording import is_void
 from dp_synth.reporting import charts
 from dp_synth.reporting.grids import Grid, class_folders, count_images, run_grids
 from dp_synth.reporting.usefulness import Usefulness, read_usefulness
@@ -110,7 +111,7 @@ def read_content(run: Run) -> Content:
         public=_public_name(cfg),
         stated=bool(statement),
         private=eps is not None,
-        void=_is_void(statement),
+        void=is_void(statement),
         eps=eps,
         delta=statement.get("delta"),
         unit=str(statement.get("unit") or "example"),
@@ -143,15 +144,6 @@ def _statement(run: Run) -> dict[str, Any]:
         raise UserError(f"{run.privacy_path} is not JSON; the file is damaged.") from None
 
 
-def round_up(eps: float) -> str:
-    """eps with 4 significant digits, never below its value: ``9.992292`` becomes ``9.993``."""
-    if eps <= 0 or not math.isfinite(eps):
-        return f"{eps:g}"
-    step = 10.0 ** (math.floor(math.log10(eps)) - 3)
-    # The subtraction forgives a product that binary arithmetic put just above a whole number.
-    return f"{math.ceil(eps / step - 1e-9) * step:.4g}"
-
-
 def odds_factor(eps: float) -> str:
     """e to the eps, for a sentence."""
     if eps > 50:
@@ -165,10 +157,6 @@ def _public_name(cfg: DictConfig) -> str | None:
     target = OmegaConf.select(cfg, "public.load._target_")
     module = str(target or "").rpartition(".")[0]
     return module.rpartition(".")[2].replace("_", " ") or None
-
-
-def _is_void(statement: Mapping[str, Any]) -> bool:
-    return str(statement.get("guarantee", "")).startswith("void")
 
 
 def _banners(statement: Mapping[str, Any]) -> list[Banner]:
@@ -189,7 +177,7 @@ def _banners(statement: Mapping[str, Any]) -> list[Banner]:
                 "protects anyone in its training data; do not release it as private data.",
             )
         )
-    if _is_void(statement):
+    if is_void(statement):
         banners.append(
             Banner(
                 "The guarantee is void: repeatable randomness",

@@ -1,0 +1,35 @@
+"""Lightning's trainer as this program sets it up: nothing of Lightning's own touches a run."""
+
+import pytest
+from conftest import compose
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from dp_synth.errors import UserError
+from dp_synth.fitting import _TimeLimit, build_trainer
+
+
+def test_no_checkpoint_that_lies_about_is_taken_up_under_slurm(monkeypatch, tmp_path):
+    """Lightning would resume public training from a private run's requeue file."""
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    assert SLURMEnvironment.detect()
+    trainer = build_trainer(compose().trainer, logger=False)
+    assert trainer._checkpoint_connector._hpc_resume_path is None
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "64-true", "nonsense"])
+def test_a_precision_whose_sums_are_not_float32_is_refused(precision):
+    with pytest.raises(UserError, match="trainer.precision"):
+        build_trainer(compose(f"trainer.precision={precision}").trainer)
+
+
+def test_a_time_limit_is_for_one_sitting():
+    """Lightning's own timer would stop a resumed run at once."""
+    assert _TimeLimit("00:00:00:01").state_dict() == {}
