@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import label as connected_components
 from sklearn.linear_model import LogisticRegression
 
-from dp_synth.data import Images, digits, font_digits
+from dp_synth.data import Images, digits, font_digits, glyphs
 from dp_synth.errors import UserError
 
 EIGHT_CONNECTED = np.ones((3, 3))
@@ -74,20 +74,20 @@ def test_block_counts_equal_a_loop() -> None:
 def test_font_sets_share_no_face_and_no_glyph() -> None:
     prior, held_out = font_digits.FONTS["prior"], font_digits.FONTS["held_out"]
     assert not set(prior) & set(held_out)
-    glyphs = [
-        font_digits._render(face, digit).tobytes()
+    drawn = [
+        glyphs.render(face, digit).tobytes()
         for face in prior + held_out
         for digit in digits.CLASSES
     ]
     # All distinct: no face draws the same box for every digit, no two faces share a figure.
-    assert len(set(glyphs)) == len(glyphs)
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_thinning_keeps_every_stroke_and_hole() -> None:
-    glyphs = np.stack(
-        [font_digits._render(face, d) for face in font_digits.FONTS["prior"] for d in "0123456789"]
+    drawn = np.stack(
+        [glyphs.render(face, d) for face in font_digits.FONTS["prior"] for d in "0123456789"]
     )
-    for glyph, line in zip(glyphs, font_digits._thin(glyphs), strict=True):
+    for glyph, line in zip(drawn, glyphs.thinned(drawn), strict=True):
         assert not (line & ~glyph).any()
         assert connected_components(line, EIGHT_CONNECTED)[1] == 1
         assert connected_components(~line)[1] == connected_components(~glyph)[1]
@@ -190,4 +190,4 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 def test_a_missing_font_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matplotlib.get_data_path", lambda: "/nowhere")
     with pytest.raises(UserError, match="nowhere/fonts/ttf/cmr10.ttf"):
-        font_digits._font.__wrapped__("cmr10.ttf", 20)
+        glyphs.font.__wrapped__("cmr10.ttf", 20)

@@ -9,20 +9,17 @@ digits.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from dp_synth.data.digits import CLASSES, from_counts
+from dp_synth.data.glyphs import CANVAS, GLYPH, midline_distances
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 
@@ -61,9 +58,7 @@ _SPLITS = ("train", "test")
 _BITMAP = 32
 _BLOCK = 4
 _MAX_WIDTH = 20  # NIST's normalisation puts a character into 20 x 32 pixels
-_GLYPH = 80  # pixels of a glyph's height in its distance map
-_CANVAS = 128  # pixels of the distance map's side: room to bend the glyph
-_SPAN = _CANVAS / _GLYPH / 2  # half the canvas in glyph heights: grid_sample's unit
+_SPAN = CANVAS / GLYPH / 2  # half the canvas in glyph heights: grid_sample's unit
 _WARPED = 64  # side of the warped field, before size normalisation
 _CONTROL = 5  # control points a side of the elastic displacement
 _CHUNK = 500  # images warped at once; bounds memory to tens of MB
@@ -207,7 +202,7 @@ def _draw(
     rng: np.random.Generator,
 ) -> npt.NDArray[np.bool_]:
     """Draw one bitmap ``[32, 32]`` per label, each of a random face."""
-    lines = _lines(fonts)
+    lines = midline_distances(FONTS[fonts], CLASSES)
     face = torch.from_numpy(rng.integers(len(lines), size=len(labels)))
     digit = torch.from_numpy(labels)
     line = lines[face, digit].unsqueeze(1)
@@ -272,73 +267,6 @@ def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
     first = occupied.int().argmax(dim=1)
     last = occupied.shape[1] - occupied.flip(1).int().argmax(dim=1)
     return first.float(), last.float()
-
-
-@functools.cache
-def _lines(fonts: str) -> Tensor:
-    """Return ``[faces, 10, 128, 128]``: the distance, in glyph heights, to each digit's midline.
-
-    One pen for all of a digit is what handwriting has and print has not; and thin strokes of a bold
-    face, which plain erosion would cut, stay whole.
-    """
-    glyphs = np.stack([_render(face, digit) for face in FONTS[fonts] for digit in CLASSES])
-    distances = np.stack([distance_transform_edt(~line) for line in _thin(glyphs)]) / _GLYPH
-    shape = len(FONTS[fonts]), len(CLASSES), _CANVAS, _CANVAS
-    return torch.from_numpy(distances.astype(np.float32)).view(shape)
-
-
-def _thin(glyphs: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Thin strokes ``[M, H, W]`` to lines of one pixel that keep their ends and crossings.
-
-    The parallel algorithm of Zhang and Suen (1984), on all glyphs at once; they must not touch the
-    canvas's edge.
-    """
-    thin = glyphs.copy()
-    changed = True
-    while changed:
-        changed = False
-        for east_south in (True, False):
-            n, ne, e, se, s, sw, w, nw = _neighbours(thin)
-            ring = np.stack([n, ne, e, se, s, sw, w, nw])
-            count = ring.sum(axis=0, dtype=np.uint8)
-            runs = (~ring & np.roll(ring, -1, axis=0)).sum(axis=0, dtype=np.uint8)
-            kept = (e & s & (n | w)) if east_south else (n & w & (e | s))
-            removed = thin & (count >= 2) & (count <= 6) & (runs == 1) & ~kept
-            thin &= ~removed
-            changed |= bool(removed.any())
-    return thin
-
-
-def _neighbours(x: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
-    """Return the eight neighbours of every pixel, clockwise from the north."""
-    steps = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
-    return [np.roll(x, step, axis=(1, 2)) for step in steps]
-
-
-def _render(face: str, digit: str) -> npt.NDArray[np.bool_]:
-    """Draw a digit 80 pixels high in the middle of a one-bit canvas of 128x128."""
-    large = 4 * _GLYPH
-    picture = Image.new("L", (2 * large, 2 * large))
-    ImageDraw.Draw(picture).text((large // 2, large // 2), digit, font=_font(face, large), fill=255)
-    glyph = picture.crop(picture.getbbox())
-    width = round(glyph.width * _GLYPH / glyph.height)
-    canvas = Image.new("L", (_CANVAS, _CANVAS))
-    canvas.paste(
-        glyph.resize((width, _GLYPH), Image.Resampling.BOX),
-        ((_CANVAS - width) // 2, (_CANVAS - _GLYPH) // 2),
-    )
-    return np.asarray(canvas) >= 128
-
-
-@functools.cache
-def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # only where its fonts live is needed
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
-    try:
-        return ImageFont.truetype(str(path), size)
-    except OSError:
-        raise UserError(f"font {path} is missing; reinstall matplotlib, which ships it.") from None
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:
