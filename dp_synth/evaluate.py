@@ -47,7 +47,7 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         public=load_public(own) if is_on(own.public) else None,
         seed=cfg.seed,
     )
-    if samples == run.samples_dir:
+    if samples.resolve() == run.samples_dir.resolve():
         run.write_metrics(metrics, meta)
     return metrics
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def _cached_run(cfg: DictConfig) -> Run:
 def pretrained(cfg: DictConfig, images: Images) -> tuple[UNet2DModel, tuple[str, ...]]:
     """The public model and its class names, from the cache or trained now.
 
+    Args:
+        cfg: the config of a run; ``public.cache`` is where the cache stands.
+        images: the public images, labelled.
+
+    Raises:
+        Interrupted: pre-training was stopped; it is short enough to begin again.
+
     The cache holds run directories of their own, each written under another name and renamed when
     it is whole, so that an interrupted or a parallel pre-training leaves nothing half-written.
     """
@@ -72,10 +80,14 @@ def _pretrain(cfg: DictConfig, images: Images, directory: Path) -> None:
     net = build_network(cfg, images.shape, len(images.classes))
     module = build_module(cfg, net, plan, lr=cfg.public.lr)
     fit(module, images, plan, cfg.trainer, caption="public pre-training")
-    staging = directory.with_name(f".{directory.name}.partial")
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     run = Run.create(staging, cfg)
     run.write_statement(plan.statement(plan.steps, status="finished"))
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))
-    if not directory.exists():
+    try:
         staging.rename(directory)
+    except OSError:
+        if not Run(directory).has_model():
+            raise
+        shutil.rmtree(staging)  # another process was first, with the same model

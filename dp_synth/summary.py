@@ -1,5 +1,7 @@
 """The closing lines of a command."""
 
+from pathlib import Path
+
 from dp_synth.privacy.wording import eps_at_delta, is_void
 from dp_synth.runs import Run
 
@@ -13,7 +15,7 @@ _ROWS = (
 def print_summary(run: Run) -> None:
     """Where everything is, what it cost, what it is worth."""
     statement = run.statement()
-    print(f"\nRun        {run.path}")
+    print(f"\nRun        {shown(run.path)}")
     if statement["eps"] is None:
         print("Privacy    none")
     elif is_void(statement):
@@ -21,13 +23,19 @@ def print_summary(run: Run) -> None:
     else:
         print(
             f"Privacy    {eps_at_delta(statement['eps'], statement['delta'])}, "
-            f"{statement['steps']} steps ({run.privacy_path})"
+            f"{statement['steps']} steps ({shown(run.privacy_path)})"
         )
     if run.samples_dir.is_dir():
-        print(f"Samples    {run.samples_dir}")
+        print(f"Samples    {shown(run.samples_dir)}")
     print_metrics(run.metrics())
     if run.report_path.is_file():
-        print(f"Report     {run.report_path}")
+        print(f"Report     {shown(run.report_path)}")
+
+
+def shown(path: Path) -> Path:
+    """A path as a user in the working directory would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def print_metrics(metrics: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """``python -m dp_synth.train``: public pre-training, DP fine-tuning, sampling, evaluation, report."""
 
 import sys
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,7 +20,7 @@ from dp_synth.report import report_runs
 from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
 from dp_synth.sample import sample_public_only, sample_run
-from dp_synth.summary import print_summary
+from dp_synth.summary import print_summary, shown
 
 
 def train(cfg: DictConfig, path: str) -> Run:
@@ -74,7 +75,7 @@ def main(cfg: DictConfig) -> float | None:
     except Interrupted as stop:
         print(
             f"\nStopped: {stop}. What is done is saved; continue with\n"
-            f"    python -m dp_synth.train run={path} resume=true",
+            f"    python -m dp_synth.train run={shown(Path(path))} resume=true",
             file=sys.stderr,
         )
         raise KeyboardInterrupt from stop

@@ -254,7 +254,8 @@ def test_ctrl_c_saves_the_step_in_progress_and_says_how_to_go_on(
     stopped = command(train, *SHORT, "public=none", f"run_dir={run}")
     assert stopped.code not in (0, 2) and "Traceback" not in stopped.err
     assert "2 of 3 steps" in stopped.err
-    assert f"python -m dp_synth.train run={run} resume=true" in stopped.err
+    # As one types it in the folder that one is in: relative to it.
+    assert f"python -m dp_synth.train run={run.name} resume=true" in stopped.err
     assert (run / "checkpoints" / "step=000002.ckpt").is_file() and not (run / "model").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
