@@ -34,8 +34,8 @@ types: setup  ## check types
 format: setup  ## put code into the one style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: setup  ## measure the clipping engine against its rivals
-	$(BIN)/python benchmarks/clipping.py
+bench: setup  ## time and memory of the clipping engine against its rivals: takes long
+	$(BIN)/python benchmarks/clipping.py --memory
 
 clean:  ## remove the environment and what tools left; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,168 +1,120 @@
-"""Times a private gradient against an ordinary one, and other exact ways of computing it.
+"""Times private gradients against an ordinary backward, and measures their memory and error.
 
-Every engine computes the same thing, sum_i clip(mean_k grad_ik), on the same rows, in turn within
-one process; medians of the ratios to the non-private backward are printed. An engine whose result
-differs from the per-example loop's is marked.
-
-    python benchmarks/clipping.py [--rounds 7] [--threads 2] [--out FILE.json]
+Every engine computes sum_i clip(mean_k grad_ik) of the same rows on a copy of the same network, in
+turn, round after round; a loop over examples and draws is what their results are compared with.
+benchmarks/README.md says how to read the tables.
 """
 
 import argparse
 import json
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import re
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from engines import ENGINES
+from measure import Settings, compare, measure_memory
+from networks import NETWORKS, Point
+from tables import BASELINE, print_tables, summarise
 
-from dp_synth.diffusion import Diffusion, RowLoss, TimestepLaw
 from dp_synth.files import write_atomically
-from dp_synth.networks import unet
-from dp_synth.privacy.clipping import ClippingEngine
 
-SHAPES = ((32, 1), (16, 4), (8, 16), (4, 32))  # (B examples, K draws)
-MAX_GRAD_NORM = 0.5
-TOLERANCE = 1e-4
-
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-Engine = Callable[[Rows, int], None]  # adds the clipped sum to the gradients
+EPILOG = """examples:
+  python benchmarks/clipping.py --networks small --points 8x16 --rounds 3
+  python benchmarks/clipping.py --networks small paper --memory --out cpu.json
+  python benchmarks/clipping.py --networks paper-80m --device cuda --precision bf16 --memory"""
 
 
-def digits_network() -> nn.Module:
-    """The network of ``model=unet_digits``."""
-    return unet(
-        (1, 8, 8),
-        10,
-        block_out_channels=[16, 32, 64],
-        down_block_types=["DownBlock2D"] * 3,
-        up_block_types=["UpBlock2D"] * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=16,
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table per network and quantity, and write all numbers if asked to."""
+    options = parse(arguments)
+    settings = Settings(
+        options.device, options.precision == "bf16", options.threads, options.rounds
     )
+    settings.apply()
+    names = [
+        name
+        for name, engine in ENGINES.items()
+        if name in {BASELINE, *options.engines} and not (settings.bf16 and engine.bf16)
+    ]
+    networks: dict[str, dict[str, Any]] = {}
+    report = {"machine": machine(options), "networks": networks}
+    print(", ".join(f"{key} {value}" for key, value in machine(options).items()))
+    for key in options.networks:
+        network = NETWORKS[key]
+        params = sum(param.numel() for param in network.build("cpu").parameters())
+        points: dict[str, dict[str, Any]] = {}
+        networks[key] = {"parameters": params, "points": points}
+        for point in options.points or network.points:
+            max_grad_norm, measurements = compare(network, point, names, settings)
+            if options.memory:
+                measure_memory(key, point, measurements, settings)
+            points["B={} K={}".format(*point)] = {
+                "max_grad_norm": max_grad_norm,
+                "engines": summarise(measurements, point, settings),
+            }
+            if options.out:
+                write_atomically(options.out, json.dumps(report, indent=2) + "\n")
+        shape = "x".join(str(length) for length in network.image_shape)
+        print(f"\n{key}: images {shape}, {params / 1e6:.1f} M parameters")
+        print_tables(points, names, options.memory)
 
 
-def random_rows(count: int) -> Rows:
-    """x0, noise, t, y for ``count`` rows."""
-    x0, noise = torch.rand(2, count, 1, 8, 8).unbind()
-    return 2 * x0 - 1, noise, torch.randint(1000, (count,)), torch.randint(10, (count,))
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=["small", "paper"], metavar="NAME",
+        help=f"{', '.join(NETWORKS)} (default: small paper)")  # fmt: skip
+    add("--points", nargs="+", type=_point, metavar="BxK",
+        help="examples x draws, as in 8x16 (default: the network's own)")  # fmt: skip
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME",
+        help=f"{', '.join(ENGINES)} (default: all); {BASELINE} always runs")  # fmt: skip
+    add("--rounds", type=int, default=5, help="timed rounds after one that warms up (default: 5)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--precision", choices=["fp32", "bf16"], default="fp32",
+        help="of all engines, bf16 by autocast; the engines called bf16 are so anyway")  # fmt: skip
+    add("--memory", action="store_true", help="peak memory too, in a new process per engine")
+    add("--out", type=Path, metavar="FILE.json", help="write all numbers here")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no GPU")
+    return options
 
 
-def non_private(net: nn.Module, loss: RowLoss) -> Engine:
-    """The ordinary backward of the summed loss."""
-
-    def run(rows: Rows, multiplicity: int) -> None:
-        (loss(*rows).sum() / multiplicity).backward()
-
-    return run
+def _point(text: str) -> Point:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not examples x draws, as in 8x16")
+    return int(found[1]), int(found[2])
 
 
-def ours(net: nn.Module, loss: RowLoss) -> Engine:
-    """The clipping engine."""
-    engine = ClippingEngine(net, MAX_GRAD_NORM)
-    return lambda rows, multiplicity: engine.accumulate(loss, rows, multiplicity)
-
-
-def loop(net: nn.Module, loss: RowLoss) -> Engine:
-    """One example's draws per ordinary backward."""
-    engine = ClippingEngine(net, MAX_GRAD_NORM, mode="loop")
-    return lambda rows, multiplicity: engine.accumulate(loss, rows, multiplicity)
-
-
-def functorch(net: nn.Module, loss: RowLoss) -> Engine:
-    """``vmap(grad)`` over examples, draws inside the loss."""
-    wrapped = _Loss(net, loss)
-    params = {name: p.detach() for name, p in wrapped.named_parameters()}
-
-    def example_loss(values: dict[str, Tensor], *draws: Tensor) -> Tensor:
-        return functional_call(wrapped, values, draws).mean()
-
-    def run(rows: Rows, multiplicity: int) -> None:
-        split = [row.unflatten(0, (multiplicity, -1)) for row in rows]
-        grads = vmap(grad(example_loss), in_dims=(None, 1, 1, 1, 1))(params, *split)
-        squares = torch.stack([g.flatten(1).double().square().sum(1) for g in grads.values()])
-        factors = (MAX_GRAD_NORM / squares.sum(0).sqrt()).clamp(max=1).float()
-        for name, param in wrapped.named_parameters():
-            param.grad = torch.einsum("i,i...->...", factors, grads[name])
-
-    return run
-
-
-class _Loss(nn.Module):
-    """The loss as a module, so that ``functional_call`` can swap the network's parameters."""
-
-    def __init__(self, net: nn.Module, loss: RowLoss) -> None:
-        super().__init__()
-        self.net = net
-        self.loss = loss
-
-    def forward(self, *rows: Tensor) -> Tensor:
-        return self.loss(*rows)
-
-
-ENGINES: dict[str, Callable[[nn.Module, RowLoss], Engine]] = {
-    "non-private": non_private,
-    "dp_synth": ours,
-    "per-example loop": loop,
-    "vmap(grad)": functorch,
-}
-
-
-def gradient(net: nn.Module) -> Tensor:
-    """All gradients as one vector."""
-    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-
-
-def measure(examples: int, multiplicity: int, rounds: int) -> dict[str, dict[str, float | bool]]:
-    """Median time ratio to the non-private backward, and exactness, of each engine."""
-    net = digits_network()
-    loss = Diffusion("v_prediction", TimestepLaw([0, 1000], [1.0])).row_loss(net)
-    engines = {name: make(net, loss) for name, make in ENGINES.items()}
-    rows = random_rows(examples * multiplicity)
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    results: dict[str, Tensor] = {}
-    for _ in range(rounds + 1):
-        for name, engine in engines.items():
-            net.zero_grad(set_to_none=True)
-            begin = time.perf_counter()
-            engine(rows, multiplicity)
-            seconds[name].append(time.perf_counter() - begin)
-            results[name] = gradient(net)
-    truth = results["per-example loop"]
-    table: dict[str, dict[str, float | bool]] = {}
-    for name, times in seconds.items():
-        pairs = zip(times[1:], seconds["non-private"][1:], strict=True)
-        error = ((results[name] - truth).norm() / truth.norm()).item()
-        table[name] = {
-            "ratio": statistics.median(own / plain for own, plain in pairs),
-            "exact": name == "non-private" or error < TOLERANCE,
-        }
-    return table
-
-
-def main() -> None:
-    """Print one table and, with --out, write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    tables = {shape: measure(*shape, options.rounds) for shape in SHAPES}
-    print(f"time over the non-private backward, median of {options.rounds}; {platform.processor()}")
-    print(f"{'engine':<18}" + "".join(f"{f'B={b} K={k}':>13}" for b, k in SHAPES))
-    for name in ENGINES:
-        cells = (tables[shape][name] for shape in SHAPES)
-        marks = (f"{c['ratio']:.2f}{' ' if c['exact'] else '!'}" for c in cells)
-        print(f"{name:<18}" + "".join(f"{mark:>13}" for mark in marks))
-    print("! differs from the per-example loop")
-    if options.out:
-        content = {f"B={b} K={k}": tables[b, k] for b, k in SHAPES}
-        write_atomically(options.out, json.dumps(content, indent=2) + "\n")
+def machine(options: argparse.Namespace) -> dict[str, str]:
+    """Where and when this runs."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = model[1] if model else cpu
+    on_gpu = options.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu}, {options.threads} threads",
+        "precision": options.precision,
+        "torch": torch.__version__,
+        "opacus": version("opacus"),
+        "diffusers": version("diffusers"),
+        "date": date.today().isoformat(),
+    }
 
 
 if __name__ == "__main__":

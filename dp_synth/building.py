@@ -94,13 +94,15 @@ def load_images(cfg: DictConfig, split: str) -> Images:
     """One split of the private data set.
 
     Raises:
-        UserError: the training split does not have the declared number of examples.
+        UserError: the training split does not have the declared number of examples, or of units
+            where there are units; or shape or classes are not the declared ones.
     """
     images: Images = instantiate(cfg.dataset.load, split=split)
-    if split == "train" and len(images) != cfg.dataset.num_examples:
+    counted = "examples" if images.units is None else "units (dataset.unit)"
+    if split == "train" and images.num_units != cfg.dataset.num_examples:
         raise UserError(
             f"dataset.num_examples={cfg.dataset.num_examples}, but the training split has "
-            f"{len(images)} examples; declare dataset.num_examples={len(images)}."
+            f"{images.num_units} {counted}; declare dataset.num_examples={images.num_units}."
         )
     declared = (*cfg.dataset.image_shape, cfg.dataset.num_classes)
     found = (*images.shape, len(images.classes))

@@ -17,6 +17,7 @@ from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule, GradientEngine, MeanGradient
 from dp_synth.pretraining import is_cached
 from dp_synth.privacy.clipping import ClippingEngine
+from dp_synth.privacy.clipping.choice import make_engine, timings_cache
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 _REPEATS = 3
@@ -34,7 +35,9 @@ def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, 
     Returns:
         ``device``, ``parameters``, ``trainable_parameters``, ``hours_fine_tuning``,
         ``hours_pretraining`` (0 if the cache has the public model), ``hours_sampling`` and
-        ``memory_mib``: the peak of this process on a CPU, of the allocator on a GPU.
+        ``memory_mib``: the peak of this process on a CPU, of the allocator on a GPU; ``backward``,
+        how the engine will clip: rows of one backward, its memory beside the weights, and the way
+        of each layer (None without privacy).
 
     Raises:
         UserError: the trainer's device is not there.
@@ -42,27 +45,52 @@ def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, 
     device = build_trainer(cfg.trainer).strategy.root_device
     net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes).to(device)
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    if cfg.trainer.activation_checkpointing:
+        net.enable_gradient_checkpointing()
     rows = plan.steps * plan.batch_size * plan.multiplicity
+    engine, backward = _prepared_engine(cfg, module, plan)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in net.parameters()),
         "trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
-        "hours_fine_tuning": rows * _seconds_per_row(cfg, module, plan) / 3600,
+        "hours_fine_tuning": rows * _seconds_per_row(cfg, module, plan, engine) / 3600,
         "hours_pretraining": _hours_of_pretraining(cfg, module),
         "hours_sampling": _hours_of_sampling(cfg, module),
         "memory_mib": _peak_memory_mib(device),
+        "backward": backward,
+    }
+
+
+def _prepared_engine(
+    cfg: DictConfig, module: DiffusionModule, plan: PrivacyPlan | PublicPlan
+) -> tuple[GradientEngine, dict[str, Any] | None]:
+    """The engine of the plan, tuned as a run would, and how it will clip (None for no clipping)."""
+    if isinstance(plan, PublicPlan):
+        return MeanGradient(), None
+    trainer = cfg.trainer
+    engine = make_engine(module.net, plan, trainer.micro_batch_size, trainer.memory_mib)
+    if not isinstance(engine, ClippingEngine):
+        return engine, {"engine": plan.engine}
+    rows = module.draw_rows(_random_batch(cfg, 1, module.net.device), step=0)
+    loss = module.diffusion.row_loss(module.net)
+    found = engine.tune(loss, rows, plan.multiplicity, plan.batch_size, cache=timings_cache())
+    return engine, {
+        "engine": plan.engine,
+        "one_at_a_time": found.fallback_reason,
+        "examples_per_backward": found.chunk.examples,
+        "draws_per_backward": found.chunk.draws,
+        "memory_mib": found.memory_mib,
+        "layers": found.ways,
     }
 
 
 def _seconds_per_row(
-    cfg: DictConfig, module: DiffusionModule, plan: PrivacyPlan | PublicPlan
+    cfg: DictConfig,
+    module: DiffusionModule,
+    plan: PrivacyPlan | PublicPlan,
+    engine: GradientEngine,
 ) -> float:
-    """Seconds of forward and backward per row, with the engine of the plan."""
-    engine: GradientEngine = MeanGradient()
-    if isinstance(plan, PrivacyPlan):
-        engine = ClippingEngine(
-            module.net, plan.max_grad_norm, cfg.trainer.micro_batch_size, mode=plan.engine
-        )
+    """Seconds of forward and backward per row."""
     rows_at_once = cfg.trainer.micro_batch_size or _DEFAULT_ROWS
     examples = max(1, min(plan.batch_size, rows_at_once // plan.multiplicity))
     rows = module.draw_rows(_random_batch(cfg, examples, module.net.device), step=0)
@@ -79,7 +107,8 @@ def _hours_of_pretraining(cfg: DictConfig, module: DiffusionModule) -> float:
         steps=cfg.public.steps,
         num_examples=cfg.public.batch_size,
     )
-    return public.steps * public.batch_size * _seconds_per_row(cfg, module, public) / 3600
+    seconds = _seconds_per_row(cfg, module, public, MeanGradient())
+    return public.steps * public.batch_size * seconds / 3600
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO
-from dp_synth.checks import count, one_of
+from dp_synth.checks import count, one_of, positive
 from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
 from dp_synth.errors import UserError
@@ -102,7 +102,8 @@ def fit(
 
     Args:
         module: trained in place.
-        images: the training split; one logical batch of it per step, as the plan draws them.
+        images: the training split; one logical batch of it per step, as the plan draws them. Where
+            it has units, these are the plan's examples.
         plan: batches, their number, and the callbacks that make training private.
         trainer_cfg: the ``trainer`` group.
         caption: what the progress bar says.
@@ -112,10 +113,19 @@ def fit(
 
     Raises:
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
+        ValueError: the plan is for another number of examples.
     """
-    if len(images) != plan.num_examples:
-        raise ValueError(f"the plan is for {plan.num_examples} examples, not {len(images)}")
-    callbacks = [*plan.callbacks(caption, trainer_cfg.micro_batch_size), GracefulInterrupt()]
+    if images.num_units != plan.num_examples:
+        counted = "examples" if images.units is None else "units (dataset.unit)"
+        raise ValueError(
+            f"the plan is for num_examples={plan.num_examples}, not {images.num_units} {counted}"
+        )
+    if trainer_cfg.activation_checkpointing:
+        module.net.enable_gradient_checkpointing()
+    callbacks = [
+        *plan.callbacks(caption, trainer_cfg.micro_batch_size, trainer_cfg.memory_mib),
+        GracefulInterrupt(),
+    ]
     if trainer_cfg.max_time is not None:
         callbacks.append(_TimeLimit(trainer_cfg.max_time, verbose=False))
     trainer = build_trainer(
@@ -144,6 +154,8 @@ def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
     one_of("trainer.precision", trainer_cfg.precision, PRECISIONS)
     if trainer_cfg.micro_batch_size is not None:
         count("trainer.micro_batch_size", trainer_cfg.micro_batch_size)
+    if trainer_cfg.memory_mib is not None:
+        positive("trainer.memory_mib", trainer_cfg.memory_mib)
     try:
         trainer = lightning.Trainer(
             accelerator=trainer_cfg.accelerator,

@@ -13,6 +13,7 @@ from dp_synth.data.module import Batch
 from dp_synth.data.pixels import to_float
 from dp_synth.diffusion import Diffusion, RowLoss
 from dp_synth.privacy.randomness import Randomness
+from dp_synth.privacy.units import spread
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -50,7 +51,7 @@ class DiffusionModule(lightning.LightningModule):
         diffusion: the process that it learns to reverse.
         optimizer: makes the optimizer from the trainable parameters.
         randomness: where each example's draws come from.
-        multiplicity: draws of timestep, noise (and flip) per example and step.
+        multiplicity: draws of timestep, noise (and flip, and image of a unit) per example and step.
         ema_decay: limit of the EMA decay; warmed up as (1 + n) / (10 + n).
         label_dropout: chance that a draw is shown "no label" in place of its class.
         flip: whether draws mirror the image at random.
@@ -95,6 +96,9 @@ class DiffusionModule(lightning.LightningModule):
     def draw_rows(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The rows of a logical batch: each example repeated with draws of its own.
 
+        A unit has K rows like any example, spread over its images (see ``spread``), whose labels
+        they take. Changing a unit's images, or their number, changes no other unit's rows.
+
         Args:
             batch: B examples; B may be 0.
             step: the step, from 0; repeatable randomness is keyed by it.
@@ -105,8 +109,13 @@ class DiffusionModule(lightning.LightningModule):
         """
         k = self.multiplicity
         draws = self.randomness.rows(step, batch.indices, k, self.device)
-        x0 = to_float(batch.pixels).repeat(k, 1, 1, 1)
-        y = batch.labels.repeat(k)
+        if batch.counts is None:
+            x0, y = to_float(batch.pixels).repeat(k, 1, 1, 1), batch.labels.repeat(k)
+        else:
+            # Drawn also where each unit of this batch owns one image: a draw that is left out for
+            # some batches would tie the later draws of a unit to its companions.
+            image = spread(batch.counts, k, draws.uniform())
+            x0, y = to_float(batch.pixels[image]), batch.labels[image]
         t = self.diffusion.timestep_law(draws.uniform())
         noise = draws.normal(tuple(x0.shape[1:]))
         y = torch.where(draws.uniform() < self.label_dropout, self.no_label, y)

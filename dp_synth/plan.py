@@ -1,6 +1,7 @@
 """``python -m dp_synth.plan``: the price of a run, before any image is opened."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _MECHANISM = (
     "steps",
     "multiplicity",
     "max_grad_norm",
+    "clipping",
     "num_examples",
     "unit",
     "adjacency",
@@ -80,6 +82,8 @@ def _print_price(price: dict[str, Any]) -> None:
         f"\nNetwork             {price['parameters']:,} parameters, "
         f"{price['trainable_parameters']:,} of them trained"
     )
+    if price["backward"]:
+        _print_backward(price["backward"])
     print(f"Memory              {price['memory_mib']:,.0f} MiB on {price['device']}")
     for label, phase in _PHASES:
         print(f"{label:<20}{_duration(price[f'hours_{phase}'])}")
@@ -102,6 +106,23 @@ def _print_mechanism(price: dict[str, Any]) -> None:
     )
     curve = "  ".join(f"{steps}: {eps:.2f}" for steps, eps in price["eps_curve"])
     print(f"eps after steps     {curve}")
+
+
+def _print_backward(backward: dict[str, Any]) -> None:
+    if "layers" not in backward:
+        print(f"Clipping            by {backward['engine']}")
+        return
+    print(
+        f"Clipping            {backward['examples_per_backward']:,} examples x "
+        f"{backward['draws_per_backward']} draws a backward, {backward['memory_mib']:,.0f} MiB "
+        "beside the weights"
+    )
+    ways = Counter(backward["layers"].values())
+    if ways:
+        counts = ", ".join(f"{way} {count}" for way, count in ways.most_common())
+        print(f"Layers clipped by   {counts}")
+    if backward["one_at_a_time"]:
+        print(f"                    one example at a time: {backward['one_at_a_time']}")
 
 
 def _duration(hours: float) -> str:

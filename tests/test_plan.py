@@ -45,6 +45,7 @@ def plan():
         ("dataset.num_examples", [0, -1, 2.5, "1009"]),
         ("privacy.accountant", ["gdp", None, 1]),
         ("privacy.engine", ["ghost", None]),
+        ("privacy.clipping", ["per_layer", None, 1]),
         ("privacy.noise_multiplier", [0, -1, math.nan, "1"]),
         ("privacy.unsafe_repeatable_randomness", [-1, 0.5, True, "0"]),
     ],
@@ -59,6 +60,15 @@ def test_a_batch_larger_than_the_data_says_what_works():
     message = r"privacy\.batch_size=1010 is larger than the N=1009 examples.*at most 1009 works"
     with pytest.raises(UserError, match=message):
         PrivacyPlan(**(GOOD | {"batch_size": 1010}))
+
+
+def test_opacus_is_refused_with_several_draws():
+    for multiplicity in (2, 128):
+        with pytest.raises(
+            UserError, match=r"privacy\.multiplicity=1 or privacy\.engine=auto would"
+        ):
+            PrivacyPlan(**GOOD, engine="opacus", multiplicity=multiplicity)
+    assert PrivacyPlan(**GOOD, engine="opacus", multiplicity=1).engine == "opacus"
 
 
 @pytest.mark.parametrize(("delta", "warned"), [(1 / 1009, True), (0.5, True), (9e-4, False)])
@@ -127,7 +137,9 @@ def test_batches_are_poisson_and_resume(plan):
 
 def test_a_changed_mechanism_is_named(plan):
     assert plan.same_mechanism(PrivacyPlan(**GOOD)) == []
-    assert plan.same_mechanism(dataclasses.replace(plan, engine="loop")) == []
+    for engine in ("loop", "opacus"):
+        assert plan.same_mechanism(dataclasses.replace(plan, engine=engine)) == []
+    assert plan.same_mechanism(dataclasses.replace(plan, clipping="automatic")) == ["clipping"]
     changed = dataclasses.replace(plan, max_grad_norm=2.0, multiplicity=4)
     assert plan.same_mechanism(changed) == ["max_grad_norm", "multiplicity"]
     assert "noise_multiplier" in plan.same_mechanism(PrivacyPlan(**(GOOD | {"steps": 42})))
@@ -163,6 +175,14 @@ def test_a_noise_multiplier_that_does_not_keep_eps_is_refused(plan):
     )
     with pytest.raises(UserError, match="privacy.noise_multiplier"):
         dataclasses.replace(plan, noise_multiplier=0.9 * enough).calibrate()
+
+
+def test_the_way_of_clipping_is_stated_and_costs_no_noise(plan):
+    automatic = PrivacyPlan(**GOOD, clipping="automatic").calibrate()
+    assert automatic.noise_multiplier == plan.noise_multiplier
+    for each in (plan, automatic):
+        statement = each.statement(41, "finished")
+        assert statement["clipping"] == statement["queries"][0]["clipping"] == each.clipping
 
 
 def test_the_statement_holds_the_whole_mechanism(plan):

@@ -17,6 +17,7 @@ from dp_synth.errors import UserError
 from dp_synth.fitting import fit
 from dp_synth.networks import choose_trainable
 from dp_synth.privacy.callback import PrivacyEngineCallback
+from dp_synth.privacy.clipping.opacus import OpacusEngine
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.privacy.randomness import PrivateRandomness, RepeatablePrivateRandomness
 
@@ -273,6 +274,25 @@ def test_a_step_that_the_accountant_missed_stops_training(trainer_cfg, monkeypat
     monkeypatch.setattr(PrivacyEngineCallback, "_count", lambda self, optimizer: None)
     with pytest.raises(RuntimeError, match="1 optimizer steps but 0 accounted"):
         trained(PLAN, trainer_cfg)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_the_engines_make_the_same_weights_under_the_same_noise(trainer_cfg, clipping):
+    """Opacus' gradients are other code's: a fault in ours would have to be in theirs too."""
+    plan = replace(REPEATABLE, multiplicity=1, clipping=clipping)
+    weights = {}
+    for engine in ("auto", "loop", "opacus"):
+        module = trained(
+            replace(plan, engine=engine),
+            trainer_cfg,
+            micro_batch_size=3,
+            optimizer=lambda parameters: Recorder(parameters, lr=0.1),
+        )
+        assert isinstance(module.engine, OpacusEngine) == (engine == "opacus")
+        weights[engine] = weights_of(module.net)
+    assert (weights["auto"] - weights_of(tiny_net())).abs().max() > 1e-2
+    for engine in ("loop", "opacus"):
+        torch.testing.assert_close(weights[engine], weights["auto"], rtol=0, atol=1e-6)
 
 
 def test_a_plan_without_a_noise_multiplier_does_not_train():

@@ -3,19 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from clipping_oracle import force
 from torch import nn
 
 from dp_synth.errors import UserError
-from dp_synth.privacy.clipping import ClippingEngine, check_engine, layers
+from dp_synth.privacy.clipping import ClippingEngine, check_engine, gradients
+from dp_synth.privacy.clipping.book_keeping import BookKept
+from dp_synth.privacy.clipping.contributions import Dense
 from dp_synth.privacy.clipping.gradients import ExampleGradients
+from dp_synth.privacy.clipping.recording import Call
 
 torch.set_num_threads(1)
 
 EXAMPLES, DRAWS = 5, 2
+WAYS = ["grouped", "one by one", "windows", "book-keeping", "tables", "product"]
 
 
 class AllLayers(nn.Module):
-    """One layer of each type that has a rule; images [R, 2, 6, 6] and labels [R] to images."""
+    """Layers of each type that has a rule; images [R, 2, 6, 6] and labels [R] to images."""
 
     def __init__(self):
         super().__init__()
@@ -23,11 +28,16 @@ class AllLayers(nn.Module):
         self.group_norm = nn.GroupNorm(3, 6)
         self.embedding = nn.Embedding(7, 6)
         self.dropout = nn.Dropout(0.5)
+        self.conv_1d = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+        self.conv_3d = nn.Conv3d(2, 2, (3, 2, 3), padding=(1, 0, 1))
+        self.transposed = nn.ConvTranspose2d(6, 6, 2)
         self.layer_norm = nn.LayerNorm(6)
         self.linear = nn.Linear(6, 6)
 
     def forward(self, x, y):
         x = self.group_norm(self.conv(x).tanh()) + self.embedding(y)[:, :, None, None]
+        x = self.conv_1d(x.flatten(2)).view(len(x), 2, 3, 6, 6)
+        x = self.transposed(self.conv_3d(x).flatten(1, 2).tanh())
         x = self.layer_norm(self.dropout(x).permute(0, 2, 3, 1)).sin()
         return self.linear(x)
 
@@ -51,20 +61,27 @@ def random_rows(dtype=torch.float32, examples=EXAMPLES, draws=DRAWS):
     return x, torch.randint(0, 7, (rows,), generator=generator)
 
 
-def self_check(net, mode="auto", **kwargs):
-    dtype = next(net.parameters()).dtype
-    check_engine(
-        ClippingEngine(net, 1.0, mode=mode), loss_of(net), random_rows(dtype), DRAWS, **kwargs
-    )
+def self_check(net, mode="auto", clipping="flat"):
+    engine = ClippingEngine(net, 1.0, EXAMPLES * DRAWS, mode=mode, clipping=clipping)
+    check_engine(engine, loss_of(net), random_rows(next(net.parameters()).dtype), DRAWS)
+    assert engine.fallback_reason is None
 
 
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
 @pytest.mark.parametrize("mode", ["auto", "loop"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_honest_engines_pass(mode, dtype):
-    self_check(make(dtype=dtype), mode)
+def test_honest_engines_pass(mode, dtype, clipping):
+    self_check(make(dtype=dtype), mode, clipping)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 7])
+@pytest.mark.parametrize("way", WAYS)
+def test_honest_engines_pass_in_every_way(monkeypatch, way):
+    taken = force(monkeypatch, way)
+    self_check(make())
+    assert any(way in ways for ways in taken.values())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 7, None])
 def test_honest_engines_pass_in_chunks(micro_batch_size):
     net = make()
     engine = ClippingEngine(net, 1.0, micro_batch_size)
@@ -122,47 +139,151 @@ class LowRank(AllLayers):
 
 # ------------------------------------------------------------------------------- planted faults
 
-RULES = {
-    "linear_weight_grads": "linear.weight",
-    "linear_bias_grads": "linear.bias",
-    "conv2d_weight_grads": "conv.weight",
-    "conv2d_bias_grads": "conv.bias",
-    "layer_norm_affine_grads": "layer_norm.(weight|bias)",
-    "group_norm_grads": "group_norm.(weight|bias)",
-    "embedding_weight_grads": "embedding.weight",
+CONV = ["grouped", "one by one"]
+WAYS_OF_WEIGHTS = {
+    "conv": [*CONV, "windows", "book-keeping"],
+    "conv_1d": CONV,
+    "conv_3d": CONV,
+    "transposed": CONV,
+    "linear": ["product", "book-keeping"],
+    "embedding": ["tables", "book-keeping"],
+    "group_norm": ["no choice"],
+    "layer_norm": ["no choice"],
 }
+WEIGHTS = [(f"{layer}.weight", way) for layer, ways in WAYS_OF_WEIGHTS.items() for way in ways]
+BIASES = [(f"{layer}.bias", "no choice") for layer in WAYS_OF_WEIGHTS if layer != "embedding"]
+BOOK_KEPT = [param for param, way in WEIGHTS if way == "book-keeping"]
+
+# Of gradients [b, *shape].
 FAULTS = {
     "scaled": lambda grads: grads * 1.01,
     "zero": torch.zeros_like,
     "negated": lambda grads: -grads,
-    "transposed": lambda grads: grads.flip(-1),
+    "flipped": lambda grads: grads.flip(-1),
     "of one example for all": lambda grads: grads[:1].expand_as(grads),
     "not a number": lambda grads: grads * float("nan"),
 }
+# Of squared norms [b].
+NORM_FAULTS = {
+    "scaled up": lambda squares: squares * 1.01,
+    "scaled down": lambda squares: squares * 0.99,
+    "zero": torch.zeros_like,
+    "of other examples": lambda squares: squares.roll(1),
+    "of one example for all": lambda squares: squares[:1].expand_as(squares),
+    "not a number": lambda squares: squares * float("nan"),
+}
 
 
-def plant(monkeypatch, rule, fault):
-    """Spoil what a rule returns for the parameters; input gradients stay right."""
-    honest = getattr(layers, rule)
+def plant(monkeypatch, net, param, spoil):
+    """Spoil what a layer contributes to one of its parameters; its input gradients stay right."""
+    honest = ExampleGradients.add
 
-    def spoilt(*args):
-        grads = honest(*args)
-        if isinstance(grads, tuple):
-            parameters = 1 if rule == "group_norm_grads" else 0
-            return grads[:parameters] + tuple(fault(part) for part in grads[parameters:])
-        return fault(grads)
+    def add(grads, to, contribution):
+        if to is net.get_parameter(param):
+            contribution = spoil(contribution)
+        honest(grads, to, contribution)
 
-    monkeypatch.setattr(layers, rule, spoilt)
+    monkeypatch.setattr(ExampleGradients, "add", add)
+
+
+def spoilt_gradients(fault):
+    """A book-kept parameter's gradients are seen in the weighted sum, as are others'."""
+
+    def spoil(contribution):
+        spoilt = Dense(fault(contribution.dense()))
+        if isinstance(contribution, BookKept):
+            return BookKept(contribution.squared_norms(), spoilt.dense, spoilt.weighted_sum)
+        return spoilt
+
+    return spoil
+
+
+def spoilt_book_keeping(norms=lambda squares: squares, total=lambda weighted: weighted):
+    def spoil(contribution):
+        assert isinstance(contribution, BookKept)
+        return BookKept(
+            norms(contribution.squared_norms()),
+            contribution.dense,
+            lambda factors: total(contribution.weighted_sum(factors)),
+        )
+
+    return spoil
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_fault_in_a_rule_is_caught_and_named(monkeypatch, rule, fault):
+@pytest.mark.parametrize(("param", "way"), WEIGHTS + BIASES)
+def test_a_fault_in_a_rule_is_caught_and_named(monkeypatch, param, way, fault):
+    force(monkeypatch, way)
     net = make()
-    plant(monkeypatch, rule, FAULTS[fault])
-    with pytest.raises(UserError, match=RULES[rule] if fault != "not a number" else "parameter"):
+    plant(monkeypatch, net, param, spoilt_gradients(FAULTS[fault]))
+    # Without a norm all examples are left out, so that every parameter is equally off.
+    named = "" if fault == "not a number" and way != "book-keeping" else f"{param}:"
+    with pytest.raises(UserError, match=f"self-check failed at parameter {named}"):
         self_check(net)
-    self_check(net, mode="loop")  # which uses no rule
+
+
+def test_the_loop_uses_no_rule(monkeypatch):
+    def add_nothing(call, *_):
+        raise AssertionError
+
+    monkeypatch.setattr(Call, "add", add_nothing)
+    monkeypatch.setattr(Call, "add_weight", add_nothing)
+    self_check(make(), mode="loop")
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("fault", NORM_FAULTS)
+@pytest.mark.parametrize("param", BOOK_KEPT)
+def test_a_wrong_book_kept_norm_is_caught(monkeypatch, param, fault, clipping):
+    """One layer's norm is a small part of the whole one: double precision shows the difference."""
+    taken = force(monkeypatch, "book-keeping")
+    net = make(dtype=torch.float64)
+    plant(monkeypatch, net, param, spoilt_book_keeping(norms=NORM_FAULTS[fault]))
+    with pytest.raises(UserError, match="self-check failed at parameter"):
+        self_check(net, clipping=clipping)
+    assert "book-keeping" in taken[param.removesuffix(".weight")]
+
+
+@pytest.mark.parametrize("fault", ["scaled", "zero", "negated", "flipped", "not a number"])
+@pytest.mark.parametrize("param", BOOK_KEPT)
+def test_a_wrong_book_kept_sum_is_caught_and_named(monkeypatch, param, fault):
+    force(monkeypatch, "book-keeping")
+    net = make()
+    plant(monkeypatch, net, param, spoilt_book_keeping(total=FAULTS[fault]))
+    with pytest.raises(UserError, match=f"self-check failed at parameter {param}:"):
+        self_check(net)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda factors: factors * 0.98,
+        lambda factors: factors * 1.02,
+        torch.ones_like,
+        lambda factors: factors.roll(1),
+    ],
+    ids=["too small", "too large", "not clipped", "of other examples"],
+)
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_wrong_factors_are_caught(monkeypatch, clipping, wrong, way):
+    force(monkeypatch, way)
+    honest = gradients.clip_factors
+    monkeypatch.setattr(gradients, "clip_factors", lambda *args: wrong(honest(*args)))
+    with pytest.raises(UserError, match="self-check failed"):
+        self_check(make(), clipping=clipping)
+
+
+@pytest.mark.parametrize(("taken", "wanted"), [("flat", "automatic"), ("automatic", "flat")])
+def test_the_other_clipping_is_caught(monkeypatch, taken, wanted):
+    honest = gradients.clip_factors
+
+    def other(norms, bound, clipping, dtype):
+        return honest(norms, bound, "flat" if bound == float("inf") else taken, dtype)
+
+    monkeypatch.setattr(gradients, "clip_factors", other)
+    with pytest.raises(UserError, match="clipped sum"):
+        self_check(make(), clipping=wanted)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.98, 1.02, float("nan")])
@@ -187,10 +308,11 @@ def test_draws_clipped_one_by_one_are_caught(monkeypatch):
 
 
 def test_a_fault_that_only_trained_low_rank_factors_show_is_caught(monkeypatch):
-    self_check(make(LowRank))
-    plant(monkeypatch, "linear_weight_grads", FAULTS["zero"])
-    with pytest.raises(UserError, match="(up|down).weight"):
-        self_check(make(LowRank))
+    net = make(LowRank)
+    self_check(net)
+    plant(monkeypatch, net, "down.weight", spoilt_gradients(FAULTS["zero"]))
+    with pytest.raises(UserError, match="down.weight"):
+        self_check(net)
 
 
 class Bypassed(AllLayers):
@@ -198,7 +320,8 @@ class Bypassed(AllLayers):
 
     def forward(self, x, y):
         x = self.group_norm(self.conv(x)) + self.embedding(y)[:, :, None, None]
-        x = self.layer_norm(x.permute(0, 2, 3, 1))
+        x = self.conv_3d(self.conv_1d(x.flatten(2)).view(len(x), 2, 3, 6, 6)).flatten(1, 2)
+        x = self.layer_norm(self.transposed(x).permute(0, 2, 3, 1))
         return F.linear(x, self.linear.weight, self.linear.bias)
 
 
@@ -244,7 +367,7 @@ def test_everything_is_as_it_was(monkeypatch, fails):
     engine = ClippingEngine(net, 0.125)
     random_state = torch.get_rng_state()
     if fails:
-        plant(monkeypatch, "linear_weight_grads", FAULTS["scaled"])
+        plant(monkeypatch, net, "linear.weight", spoilt_gradients(FAULTS["scaled"]))
         with pytest.raises(UserError):
             check_engine(engine, loss_of(net), random_rows(), DRAWS)
     else:

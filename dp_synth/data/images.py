@@ -52,6 +52,11 @@ class Images:
         return len(self.pixels)
 
     @property
+    def num_units(self) -> int:
+        """The number of privacy units; where there are none, each image is one."""
+        return len(self) if self.units is None else len(np.unique(self.units))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """The shape ``(C, H, W)`` of one image, as a network sees it."""
         _, height, width, channels = self.pixels.shape

@@ -11,21 +11,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dp_synth.data.images import Images
+from dp_synth.privacy.units import Units
 
 
 @dataclass
 class Batch:
     """A logical batch of B examples; B is a Poisson draw in private training and may be 0.
 
+    An example is an image, or a unit with all of its images: M images in all.
+
     Attributes:
         indices: int64 [B], which examples.
-        pixels: uint8 [B,C,H,W].
-        labels: int64 [B].
+        pixels: uint8 [M,C,H,W], example after example.
+        labels: int64 [M].
+        counts: int64 [B], images of each unit, >= 1; or None where an example is an image.
     """
 
     indices: Tensor
     pixels: Tensor
     labels: Tensor
+    counts: Tensor | None = None
 
 
 class _Examples(Dataset[Batch]):
@@ -34,17 +39,24 @@ class _Examples(Dataset[Batch]):
     def __init__(self, images: Images) -> None:
         self.pixels = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.from_numpy(images.labels)
+        self.units = None if images.units is None else Units.from_ids(images.units)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels if self.units is None else self.units)
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return Batch(chosen, self.pixels[chosen], self.labels[chosen])
+        examples = torch.as_tensor(indices, dtype=torch.int64)
+        chosen, counts = examples, None
+        if self.units is not None:
+            chosen, counts = self.units.images(examples)
+        return Batch(examples, self.pixels[chosen], self.labels[chosen], counts)
 
 
 class ImageDataModule(lightning.LightningDataModule):
     """Images in memory, served in the batches that a plan asks for.
+
+    Where the images have units, the plan's examples are the units: Poisson batches select units,
+    and an epoch of public training passes over the units once, not over the images.
 
     Args:
         images: the training split.
@@ -70,7 +82,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Move a batch; Lightning cannot look into it by itself."""
-        return Batch(batch.indices, batch.pixels.to(device), batch.labels.to(device))
+        counts = None if batch.counts is None else batch.counts.to(device)
+        return Batch(batch.indices, batch.pixels.to(device), batch.labels.to(device), counts)
 
 
 def _as_is(batch: Any) -> Batch:

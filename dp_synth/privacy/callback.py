@@ -8,12 +8,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from opacus.accountants import create_accountant
 from opacus.optimizers import DPOptimizerFastGradientClipping
-from torch import nn
+from torch import Tensor, nn
 
 from dp_synth.data.module import Batch
 from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule, MakeOptimizer
 from dp_synth.privacy.clipping import ClippingEngine, check_engine
+from dp_synth.privacy.clipping.choice import Engine, make_engine, timings_cache
 from dp_synth.privacy.plan import PrivacyPlan
 
 # Examples in the self-check: enough to have clipped and unclipped ones, few enough for seconds.
@@ -29,14 +30,21 @@ class PrivacyEngineCallback(Callback):
 
     Args:
         plan: a calibrated plan.
-        micro_batch_size: rows of one backward; None puts a logical batch into one.
+        micro_batch_size: rows of one backward, or None for as many as memory holds.
+        memory_mib: what a backward may take, in MiB, or None for what suits the machine.
     """
 
-    def __init__(self, plan: PrivacyPlan, micro_batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        micro_batch_size: int | None = None,
+        memory_mib: float | None = None,
+    ) -> None:
         if plan.noise_multiplier is None:
             raise ValueError("the plan must be calibrated: call plan.calibrate() first")
         self.plan = plan
         self.micro_batch_size = micro_batch_size
+        self.memory_mib = memory_mib
         self.accountant = create_accountant("prv")
 
     @property
@@ -61,32 +69,22 @@ class PrivacyEngineCallback(Callback):
             )
         # Before Lightning does: the engine's buffers live where the parameters are when it is made.
         pl_module.net.to(trainer.strategy.root_device)
-        engine = ClippingEngine(
-            pl_module.net,
-            self.plan.max_grad_norm,
-            micro_batch_size=self.micro_batch_size,
-            mode=self.plan.engine,
+        pl_module.engine = make_engine(
+            pl_module.net, self.plan, self.micro_batch_size, self.memory_mib
         )
-        pl_module.engine = engine
         pl_module.make_optimizer = self._noising(pl_module.make_optimizer)
 
-    def _check(
-        self, engine: ClippingEngine, pl_module: DiffusionModule, device: torch.device
-    ) -> None:
-        """Compare the engine with brute force on random rows of the run's shapes."""
-        channels, (height, width) = (
-            pl_module.net.config.in_channels,
-            pl_module.net.config.sample_size,
-        )
-        images = torch.randint(0, 256, (_CHECKED_EXAMPLES, channels, height, width))
-        labels = torch.randint(0, pl_module.no_label, (_CHECKED_EXAMPLES,))
-        batch = Batch(torch.arange(_CHECKED_EXAMPLES), images.byte().to(device), labels.to(device))
-        check_engine(
-            engine,
-            pl_module.diffusion.row_loss(pl_module.net),
-            pl_module.draw_rows(batch, step=0),
-            multiplicity=pl_module.multiplicity,
-        )
+    def _prepare(self, engine: Engine, pl_module: DiffusionModule) -> None:
+        """Find the engine's fastest ways, and compare it with brute force, on random images."""
+        rows = _random_rows(pl_module)
+        loss = pl_module.diffusion.row_loss(pl_module.net)
+        # Measured times differ from run to run, and with them the last digits of a sum.
+        repeatable = self.plan.unsafe_repeatable_randomness is not None
+        if isinstance(engine, ClippingEngine) and not repeatable:
+            engine.tune(
+                loss, rows, pl_module.multiplicity, self.plan.batch_size, cache=timings_cache()
+            )
+        check_engine(engine, loss, rows, pl_module.multiplicity)
 
     def _noising(self, make_optimizer: MakeOptimizer) -> MakeOptimizer:
         """The same optimizer, fed with the noised sum divided by the expected batch size."""
@@ -111,11 +109,11 @@ class PrivacyEngineCallback(Callback):
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Check the engine in the run's precision, and make dropout's randomness private too."""
+        """Tune and check the engine in the run's precision, and make dropout's randomness private too."""
         assert isinstance(pl_module, DiffusionModule)
-        assert isinstance(pl_module.engine, ClippingEngine)
+        assert isinstance(pl_module.engine, Engine)
         with trainer.precision_plugin.forward_context():
-            self._check(pl_module.engine, pl_module, pl_module.device)
+            self._prepare(pl_module.engine, pl_module)
         if self.plan.unsafe_repeatable_randomness is None:
             torch.seed()
             # On a CPU torch.seed keeps 32 bits, few enough to try them all.
@@ -165,3 +163,14 @@ class PrivacyEngineCallback(Callback):
                 "the plan that it began with."
             )
         self.accountant.load_state_dict(state_dict["accountant"])
+
+
+def _random_rows(pl_module: DiffusionModule) -> tuple[Tensor, ...]:
+    """Rows of a few random images of the run's shape."""
+    config = pl_module.net.config
+    height, width = config.sample_size
+    images = torch.randint(0, 256, (_CHECKED_EXAMPLES, config.in_channels, height, width))
+    labels = torch.randint(0, pl_module.no_label, (_CHECKED_EXAMPLES,))
+    device = pl_module.device
+    batch = Batch(torch.arange(_CHECKED_EXAMPLES), images.byte().to(device), labels.to(device))
+    return pl_module.draw_rows(batch, step=0)

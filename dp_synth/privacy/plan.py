@@ -14,6 +14,7 @@ from dp_synth.checks import count, one_of, positive, whole
 from dp_synth.errors import UserError
 from dp_synth.privacy import accounting
 from dp_synth.privacy.batches import EpochBatches, PoissonBatches
+from dp_synth.privacy.clipping.gradients import CLIPPINGS, Clipping
 from dp_synth.privacy.randomness import (
     PrivateRandomness,
     PublicRandomness,
@@ -22,7 +23,7 @@ from dp_synth.privacy.randomness import (
 )
 from dp_synth.privacy.wording import ASSUMPTIONS, GUARANTEE, NO_GUARANTEE, NOT_COVERED, VOID
 
-ENGINES = ("auto", "loop")
+ENGINES = ("auto", "loop", "opacus")
 _SHOWN_POINTS = 20  # of the eps curve; each costs a fraction of a second of accounting
 
 
@@ -31,7 +32,9 @@ class PrivacyPlan:
     """DP-SGD with `steps` Poisson batches, promising (`eps`, `delta`) under zero-out adjacency.
 
     `batch_size` is the expected number of examples (units) of a batch, `max_grad_norm` the L2 bound
-    on one example's contribution, `multiplicity` the draws averaged before the clip. The engine
+    on one example's contribution, `multiplicity` the draws averaged before the clip. `clipping` is
+    "flat" (no gradient is longer than the bound) or "automatic" (all are scaled to almost the
+    bound; Bu et al. 2022, arXiv 2206.07136): the bound, and so the noise, is the same. The engine
     that clips changes no guarantee; it is recorded. `unsafe_repeatable_randomness` is a seed that
     makes every private draw repeatable: for tests, and it voids the guarantee.
 
@@ -46,7 +49,8 @@ class PrivacyPlan:
     num_examples: int
     multiplicity: int = 1
     accountant: str = "prv"
-    engine: Literal["auto", "loop"] = "auto"
+    clipping: Clipping = "flat"
+    engine: Literal["auto", "loop", "opacus"] = "auto"
     noise_multiplier: float | None = None
     unsafe_repeatable_randomness: int | None = None
 
@@ -68,7 +72,14 @@ class PrivacyPlan:
                 f"examples of the data set; at most {self.num_examples} works."
             )
         one_of("privacy.accountant", self.accountant, accounting.ACCOUNTANTS)
+        one_of("privacy.clipping", self.clipping, CLIPPINGS)
         one_of("privacy.engine", self.engine, ENGINES)
+        if self.engine == "opacus" and self.multiplicity != 1:
+            raise UserError(
+                "privacy.engine=opacus has no augmentation multiplicity and cannot do "
+                f"privacy.multiplicity={self.multiplicity}; privacy.multiplicity=1 or "
+                "privacy.engine=auto would work."
+            )
         if self.noise_multiplier is not None:
             noise_multiplier = positive("privacy.noise_multiplier", self.noise_multiplier)
             object.__setattr__(self, "noise_multiplier", noise_multiplier)
@@ -136,17 +147,22 @@ class PrivacyPlan:
             self.sample_rate, self.num_examples, self.steps, randomness, first_step
         )
 
-    def callbacks(self, caption: str, micro_batch_size: int | None = None) -> list[Any]:
+    def callbacks(
+        self,
+        caption: str,
+        micro_batch_size: int | None = None,
+        memory_mib: float | None = None,
+    ) -> list[Any]:
         """The Lightning callbacks that carry the mechanism out and show steps and eps.
 
-        `caption` names the phase; a backward takes `micro_batch_size` rows (None: a whole batch).
+        `caption` names the phase; for the others see ``ClippingEngine``.
         """
         # Imported here: a plan must open without Lightning.
         from dp_synth.privacy.callback import PrivacyEngineCallback
         from dp_synth.progress import PrivateProgress
 
         return [
-            PrivacyEngineCallback(self, micro_batch_size),
+            PrivacyEngineCallback(self, micro_batch_size, memory_mib),
             PrivateProgress(caption, self.epsilon_curve(_SHOWN_POINTS)),
         ]
 
@@ -185,6 +201,7 @@ class PrivacyPlan:
             "sample_rate": self.sample_rate,
             "steps": steps,
             "max_grad_norm": self.max_grad_norm,
+            "clipping": self.clipping,
         }
         void = self.unsafe_repeatable_randomness is not None
         return {
@@ -265,7 +282,12 @@ class PublicPlan:
         """Shuffled fixed-size batches from `first_step` to the last step."""
         return EpochBatches(self.batch_size, self.num_examples, self.steps, randomness, first_step)
 
-    def callbacks(self, caption: str, micro_batch_size: int | None = None) -> list[Any]:
+    def callbacks(
+        self,
+        caption: str,
+        micro_batch_size: int | None = None,
+        memory_mib: float | None = None,
+    ) -> list[Any]:
         """Progress alone: the optimizer and the gradients are the ordinary ones."""
         from dp_synth.progress import PublicProgress
 

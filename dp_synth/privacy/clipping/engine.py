@@ -2,38 +2,66 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dp_synth.errors import UserError
-from dp_synth.privacy.clipping.gradients import ExampleGradients, FlatLayout
-from dp_synth.privacy.clipping.layers import (
-    Recording,
-    UnsupportedInput,
-    recorded_forward,
-    why_unsupported,
+from dp_synth.privacy.clipping.gradients import (
+    CLIPPINGS,
+    Clipping,
+    ExampleGradients,
+    FlatLayout,
 )
 from dp_synth.privacy.clipping.loop import RowLoss, example_gradient, row_losses
+from dp_synth.privacy.clipping.memory import MIB, Chunk, MemoryUse, default_budget, measure
+from dp_synth.privacy.clipping.network import (
+    layers_with_trainable,
+    refuse_batch_statistics,
+    trainable_parameters,
+)
+from dp_synth.privacy.clipping.recording import Chooser, Recording, UnsupportedInput
+from dp_synth.privacy.clipping.rules import recorded_forward, why_unsupported
+from dp_synth.privacy.clipping.tuning import LayerWays, TimingsCache, Tuner, fastest_seconds
 
 logger = logging.getLogger("dp_synth")
 
-# Per-example gradients in one backward where micro_batch_size is unset. More is slower on a CPU:
-# allocations beyond 32 MiB a layer come as fresh pages every time.
-_CPU_MATRIX_BYTES = 256 * 2**20
-_GPU_MATRIX_BYTES = 4 * 2**30
+# Chunks are timed from a sixteenth of the largest that memory holds upwards, doubling.
+_HALVINGS = 5
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How an engine will do its sums; see `ClippingEngine.tune`.
+
+    Attributes:
+        chunk: what one backward takes.
+        memory_mib: its predicted peak beside the network's weights.
+        ways: how each layer's weight gradient is computed, by layer name, where there is a choice.
+        fallback_reason: why examples are taken one at a time, or None.
+    """
+
+    chunk: Chunk
+    memory_mib: float
+    ways: dict[str, str]
+    fallback_reason: str | None
 
 
 class ClippingEngine:
     """Exact sums of clipped per-example gradients for any network, fast for the usual layers.
 
     Guarantee: `accumulate` adds sum_i clip(mean_k grad_ik, max_grad_norm), so one example moves
-    the sum by at most `max_grad_norm` (up to rounding), however the rows are chunked and whichever
-    path is taken. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the augmentation
-    multiplicity of De et al. 2022 (arXiv 2204.13650): draws are averaged, then clipped once.
+    the sum by at most `max_grad_norm` (up to rounding of the sum), however the rows are chunked and
+    whichever path is taken. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the
+    augmentation multiplicity of De et al. 2022 (arXiv 2204.13650): draws are averaged, then clipped
+    once.
 
     Between calls the network is untouched: same modules, same state_dict keys, same forward.
 
@@ -43,10 +71,12 @@ class ClippingEngine:
         max_grad_norm: the L2 bound of one example's contribution, > 0.
         micro_batch_size: rows of one backward. Where it holds fewer rows than one example has
             draws, the draws are spread over several backwards and clipped after. None takes as many
-            examples at once as have per-example gradients of 256 MiB on a CPU, 4 GiB elsewhere, and
-            at least one.
+            as `memory_mib` holds, which is measured on the first rows.
         mode: "auto" records with a rule per layer and falls back to "loop", one example per
             backward, where a trainable parameter's layer has no rule.
+        clipping: how a norm becomes a factor; see `gradients.clip_factors`.
+        memory_mib: what a backward may take beside the network's weights, in MiB, > 0. None is 768
+            more than the least on a CPU, and four fifths of what is free on a GPU.
 
     Attributes:
         fallback_reason: why the loop is taken although the mode is "auto", with the layer's name;
@@ -71,22 +101,36 @@ class ClippingEngine:
         max_grad_norm: float,
         micro_batch_size: int | None = None,
         mode: Literal["auto", "loop"] = "auto",
+        clipping: Clipping = "flat",
+        memory_mib: float | None = None,
     ) -> None:
         if not (max_grad_norm > 0 and math.isfinite(max_grad_norm)):
             raise UserError(f"max_grad_norm must be a finite number above 0, not {max_grad_norm}")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise UserError(f"micro_batch_size must be at least 1 or unset, not {micro_batch_size}")
+        if memory_mib is not None and not memory_mib > 0:
+            raise UserError(f"memory_mib must be above 0 or unset, not {memory_mib}")
         if mode not in ("auto", "loop"):
             raise UserError(f"the clipping engine's mode must be auto or loop, not {mode!r}")
-        _refuse_batch_statistics(net)
+        if clipping not in CLIPPINGS:
+            raise UserError(f"clipping must be one of {', '.join(CLIPPINGS)}, not {clipping!r}")
+        refuse_batch_statistics(net)
         self.net = net
         self.max_grad_norm = max_grad_norm
         self.micro_batch_size = micro_batch_size
         self.mode = mode
+        self.clipping = clipping
+        self.memory_mib = memory_mib
         self.fallback_reason: str | None = None
         self._removed = False
-        self._layout = FlatLayout(_trainable(net))
-        self._matrix = self._layout.zeros(0)
+        self._layers: list[tuple[str, nn.Module]]
+        self._layout: FlatLayout
+        self._matrix: Tensor
+        self._knows_written: bool
+        self._measured: MemoryUse | None
+        self._ways = LayerWays()
+        self._fastest_examples: dict[int, int] = {}  # by multiplicity
+        self._forget(list(trainable_parameters(net).values()))
         self._choose_path()
 
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int = 1) -> None:
@@ -98,75 +142,120 @@ class ClippingEngine:
 
         Args:
             loss: tensors of R rows -> one loss per row, [R]; a row's loss depends on that row
-                alone. It calls the network, and is called once per chunk.
+                alone. It calls the network, and is called once per chunk; the first time also on a
+                row or two, to measure memory, where no micro_batch_size is given.
             rows: tensors with K * B leading rows, draw-major: row n = k * B + i is draw k of
                 example i.
             multiplicity: K, draws per example, >= 1.
 
         Raises:
-            UserError: rows that do not divide into draws, or a loss of the wrong shape.
+            UserError: rows that do not divide into draws, a loss of the wrong shape, or a
+                `memory_mib` that does not hold one row.
         """
-        if self._removed:
-            raise RuntimeError("this clipping engine has been removed from its network")
-        examples = _count_examples(rows, multiplicity)
-        self._follow_trainable_parameters()
-        split = [tensor.detach().unflatten(0, (multiplicity, examples)) for tensor in rows]
+        split = self._split(rows, multiplicity)
         with torch.enable_grad():
             total = self._clipped_sum(loss, split)
         self._layout.add_to_grads(total)
 
+    def tune(
+        self,
+        loss: RowLoss,
+        rows: tuple[Tensor, ...],
+        multiplicity: int = 1,
+        batch_size: int | None = None,
+        cache: Path | None = None,
+    ) -> EnginePlan:
+        """Time every way to each layer's gradients on rows of the run's shapes; use the fastest.
+
+        The sum is the same up to rounding. Costs a few backwards of a chunk; `.grad` stays as it
+        is. Without it, ways are chosen by rules of thumb.
+
+        Args:
+            loss: as for `accumulate`.
+            rows: random rows of the run's shapes, never private ones; K * B of them, draw-major,
+                B >= 1. They are repeated to fill a chunk.
+            multiplicity: K.
+            batch_size: the expected examples of a call, above which no chunk is tried; None is no
+                limit.
+            cache: a file of ways measured earlier on this machine, or None.
+        """
+        split = self._split(rows, multiplicity)
+        if not split[0].shape[1]:
+            raise UserError("tuning needs the rows of at least one example")
+        with torch.enable_grad():
+            if self._records(self._chunk(loss, split), multiplicity):
+                self._find_fastest(loss, split, cache, batch_size)
+            chunk = self._chunk(loss, split)
+            memory_mib = self._memory_use(loss, split).of(chunk) / MIB
+        return EnginePlan(chunk, memory_mib, self._ways.as_dict(), self.fallback_reason)
+
     def remove(self) -> None:
         """Let go of the network, which is as it was but for its `.grad`; no more sums after."""
         self._removed = True
-        self._matrix = self._layout.zeros(0)
+        self._matrix = self._layout.zeros(0, 0)
+
+    def _split(self, rows: tuple[Tensor, ...], multiplicity: int) -> list[Tensor]:
+        """View rows as tensors [K, B, ...] that require no gradient."""
+        if self._removed:
+            raise RuntimeError("this clipping engine has been removed from its network")
+        examples = _count_examples(rows, multiplicity)
+        self._follow_trainable_parameters()
+        return [tensor.detach().unflatten(0, (multiplicity, examples)) for tensor in rows]
+
+    # ------------------------------------------------------------------------------- clipped sums
 
     def _clipped_sum(self, loss: RowLoss, split: Sequence[Tensor]) -> Tensor:
         """Return the clipped sum over all examples of `split`, tensors [K, B, ...]."""
-        multiplicity = len(split[0])
-        draws_fit = self.micro_batch_size is None or multiplicity <= self.micro_batch_size
-        if self.mode == "auto" and self.fallback_reason is None and draws_fit:
+        if not split[0].shape[1]:
+            return self._layout.zeros(self._layout.size)
+        return self._clipped_sum_in_chunks(loss, split, self._chunk(loss, split))
+
+    def _clipped_sum_in_chunks(
+        self, loss: RowLoss, split: Sequence[Tensor], chunk: Chunk
+    ) -> Tensor:
+        if self._records(chunk, multiplicity=len(split[0])):
             try:
-                return self._clipped_sum_recorded(loss, split)
+                return self._clipped_sum_recorded(loss, split, chunk.examples)
             except UnsupportedInput as error:
                 self._fall_back(str(error))
-        return self._clipped_sum_looped(loss, split)
+        return self._clipped_sum_looped(loss, split, chunk.draws)
 
-    def _clipped_sum_recorded(self, loss: RowLoss, split: Sequence[Tensor]) -> Tensor:
-        multiplicity, examples = split[0].shape[:2]
-        step = self._examples_at_once(multiplicity)
-        total = self._layout.zeros()
-        for start in range(0, examples, step):
-            rows = [tensor[:, start : start + step].flatten(0, 1) for tensor in split]
-            grads = self._record(loss, rows, multiplicity)
-            total += grads.clipped_sum(self.max_grad_norm)
+    def _records(self, chunk: Chunk, multiplicity: int) -> bool:
+        """Whether chunks are recorded; where not all draws fit, autograd adds them up itself."""
+        has_rules = self.mode == "auto" and self.fallback_reason is None
+        return has_rules and chunk.draws == multiplicity
+
+    def _clipped_sum_recorded(self, loss: RowLoss, split: Sequence[Tensor], at_once: int) -> Tensor:
+        examples = split[0].shape[1]
+        total = self._layout.zeros(self._layout.size)
+        chunks = -(-examples // at_once)
+        for part in zip(*(tensor.tensor_split(chunks, dim=1) for tensor in split), strict=True):
+            grads = self._record(loss, part, self._ways)
+            grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+            total = self._give_memory_to_written(grads, total)
         return total
 
-    def _examples_at_once(self, multiplicity: int) -> int:
-        if self.micro_batch_size is not None:
-            return self.micro_batch_size // multiplicity
-        budget = _CPU_MATRIX_BYTES if self._layout.device.type == "cpu" else _GPU_MATRIX_BYTES
-        return max(1, budget // (self._layout.size * self._layout.dtype.itemsize))
+    def _clipped_sum_looped(self, loss: RowLoss, split: Sequence[Tensor], at_once: int) -> Tensor:
+        total = self._layout.zeros(self._layout.size)
+        for i in range(split[0].shape[1]):
+            draws = [tensor[:, i] for tensor in split]
+            memory = self._memory(1, self._layout.size)
+            grads = example_gradient(self._layout, loss, draws, at_once, memory)
+            grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+        return total
 
-    def _record(self, loss: RowLoss, rows: Sequence[Tensor], multiplicity: int) -> ExampleGradients:
-        """Return each example's gradient of its mean loss, by one backward over all rows."""
-        grads = ExampleGradients(self._layout, self._memory(len(rows[0]) // multiplicity))
+    def _record(self, loss: RowLoss, part: Sequence[Tensor], chooser: Chooser) -> ExampleGradients:
+        """Return each example's gradient of its mean loss, by one backward over tensors [K, b, ...]."""
+        multiplicity, examples = part[0].shape[:2]
+        columns = self._layout.stored_size if self._knows_written else 0
+        grads = ExampleGradients(self._layout, self._memory(examples, columns))
         anchor = torch.zeros((), device=self._layout.device, requires_grad=True)
-        with self._patched(Recording(grads, multiplicity, anchor)):
-            losses = row_losses(loss, rows)
+        with self._patched(Recording(grads, multiplicity, anchor, chooser)):
+            losses = row_losses(loss, [tensor.flatten(0, 1) for tensor in part])
             # Autocast belongs to the forward; its casts are in the graph already.
             with torch.autocast(losses.device.type, enabled=False):
                 (losses.sum() / multiplicity).backward()
         return grads
-
-    def _clipped_sum_looped(self, loss: RowLoss, split: Sequence[Tensor]) -> Tensor:
-        multiplicity, examples = split[0].shape[:2]
-        step = min(self.micro_batch_size or multiplicity, multiplicity)
-        total = self._layout.zeros()
-        for i in range(examples):
-            draws = [tensor[:, i] for tensor in split]
-            grads = example_gradient(self._layout, loss, draws, step, self._memory(1))
-            total += grads.clipped_sum(self.max_grad_norm)
-        return total
 
     @contextmanager
     def _patched(self, recording: Recording) -> Iterator[None]:
@@ -174,9 +263,8 @@ class ClippingEngine:
 
         Forwards are set on the instances, so that module types, hooks and state_dict keys stay.
         """
-        layers = list(_layers_with_trainable(self.net))
         try:
-            for name, layer in layers:
+            for name, layer in self._layers:
                 vars(layer)["forward"] = recorded_forward(name, layer, recording)
             for param in self._layout.params:
                 param.requires_grad_(False)
@@ -184,21 +272,123 @@ class ClippingEngine:
         finally:
             for param in self._layout.params:
                 param.requires_grad_(True)
-            for _, layer in layers:
+            for _, layer in self._layers:
                 vars(layer).pop("forward", None)
 
-    def _memory(self, examples: int) -> Tensor:
-        """Return memory [examples, size], kept between calls: fresh pages cost a pass."""
-        if len(self._matrix) < examples:
-            self._matrix = self._layout.zeros(examples)
+    # --------------------------------------------------------------------------- memory and chunks
+
+    def _chunk(self, loss: RowLoss, split: Sequence[Tensor]) -> Chunk:
+        """Return what one backward takes of `split`, tensors [K, B, ...]."""
+        multiplicity = len(split[0])
+        if self.micro_batch_size is not None:
+            examples = self.micro_batch_size // multiplicity
+            return Chunk(examples, multiplicity) if examples else Chunk(1, self.micro_batch_size)
+        largest = self._largest_chunk(loss, split)
+        examples = self._fastest_examples.get(multiplicity, largest.examples)
+        if self.memory_mib is None and multiplicity not in self._fastest_examples:
+            # Not measured, and far more than is needed to keep a processor busy.
+            examples = max(1, largest.examples // 4)
+        return Chunk(min(examples, largest.examples), largest.draws)
+
+    def _largest_chunk(self, loss: RowLoss, split: Sequence[Tensor]) -> Chunk:
+        use = self._memory_use(loss, split)
+        if self.memory_mib is not None:
+            return use.largest_chunk(self.memory_mib * MIB, multiplicity=len(split[0]))
+        budget = default_budget(use, self._layout.device)
+        return use.largest_chunk(budget, multiplicity=len(split[0]))
+
+    def _memory_use(self, loss: RowLoss, split: Sequence[Tensor]) -> MemoryUse:
+        """Return what backwards of these rows take; measured once, on copies of the first row."""
+        if self._measured is None:
+            row = [tensor[:1, :1] for tensor in split]
+            try:
+                self._measured = measure(lambda draws: self._measured_backward(loss, row, draws))
+            except UnsupportedInput as error:
+                self._fall_back(str(error))
+                return self._memory_use(loss, split)
+        # The largest layer's gradients are there twice while they are written.
+        written = self._layout.stored_size + self._layout.largest_stored
+        return self._measured.writing(written * self._layout.dtype.itemsize)
+
+    def _measured_backward(self, loss: RowLoss, row: Sequence[Tensor], draws: int) -> None:
+        self._matrix = self._layout.zeros(0, 0)
+        draws_of_one = [tensor.repeat_interleave(draws, 0) for tensor in row]
+        if self._records(Chunk(1, draws), draws):
+            total = self._layout.zeros(self._layout.size)
+            grads = self._record(loss, draws_of_one, LayerWays())
+            grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+        else:
+            self._clipped_sum_looped(loss, draws_of_one, draws)
+
+    def _memory(self, examples: int, columns: int) -> Tensor:
+        """Return memory [examples, columns], kept between calls: fresh pages cost a pass."""
+        if self._matrix.shape[0] < examples or self._matrix.shape[1] != columns:
+            self._matrix = self._layout.zeros(0, 0)  # let go of the old one first
+            self._matrix = self._layout.zeros(examples, columns)
         return self._matrix[:examples]
+
+    def _give_memory_to_written(self, grads: ExampleGradients, total: Tensor) -> Tensor:
+        """After the first chunk, keep columns only for gradients that are written out."""
+        if self._knows_written:
+            return total
+        self._knows_written = True
+        old, self._layout = self._layout, FlatLayout(self._layout.params, grads.book_kept)
+        return old.rearrange(total, self._layout)
+
+    # ---------------------------------------------------------------------------- choice of a path
+
+    def _find_fastest(
+        self, loss: RowLoss, split: Sequence[Tensor], path: Path | None, batch_size: int | None
+    ) -> None:
+        """Measure first how many examples to take at once, then the layers' ways for so many."""
+        cache = TimingsCache(path, self._layout.device)
+        try:
+            if self.micro_batch_size is None:
+                self._time_chunks(loss, split, cache, batch_size or sys.maxsize)
+            tuner = Tuner(cache.known)
+            chunk = self._chunk(loss, split)
+            self._record(loss, _repeat_examples(split, chunk.examples), tuner)
+            self._ways.take(tuner.ways)
+        except UnsupportedInput as error:
+            self._fall_back(str(error))
+        cache.save()
+        self._forget(list(self._layout.params))
+
+    def _time_chunks(
+        self, loss: RowLoss, split: Sequence[Tensor], cache: TimingsCache, most: int
+    ) -> None:
+        """Find the number of examples, a sixteenth to all of what fits, that is fastest."""
+        multiplicity = len(split[0])
+        largest = min(most, self._largest_chunk(loss, split).examples)
+        key = (
+            f"{type(self.net).__name__} of {self._layout.size} trained, {self._measured},"
+            f" K={multiplicity}, at most {largest}"
+        )
+        if not cache.known.get(key, "").isdecimal():
+            best, least = largest, math.inf
+            for size in sorted({max(1, largest >> halvings) for halvings in range(_HALVINGS)}):
+                rows = _repeat_examples(split, size)
+                work = partial(self._clipped_sum_recorded, loss, rows, size)
+                seconds = fastest_seconds(work) / size
+                if seconds > least:
+                    break  # larger ones are slower still, and take long to try
+                best, least = size, seconds
+            cache.known[key] = str(best)
+        self._fastest_examples[multiplicity] = int(cache.known[key])
+
+    def _forget(self, params: Sequence[nn.Parameter]) -> None:
+        """Forget what was learnt about the gradients of other parameters, or in other ways."""
+        self._layers = list(layers_with_trainable(self.net))
+        self._layout = FlatLayout(params)
+        self._matrix = self._layout.zeros(0, 0)
+        self._knows_written = False
+        self._measured = None
 
     def _follow_trainable_parameters(self) -> None:
         """Notice parameters frozen or freed since the last call."""
-        params = _trainable(self.net)
+        params = list(trainable_parameters(self.net).values())
         if [id(param) for param in params] != [id(param) for param in self._layout.params]:
-            self._layout = FlatLayout(params)
-            self._matrix = self._layout.zeros(0)
+            self._forget(params)
             self._choose_path()
 
     def _choose_path(self) -> None:
@@ -209,21 +399,14 @@ class ClippingEngine:
 
     def _fall_back(self, reason: str) -> None:
         self.fallback_reason = reason
+        self._forget(list(self._layout.params))
         logger.warning("clipping one example at a time, which is slower: %s", reason)
 
 
-def _trainable(net: nn.Module) -> list[nn.Parameter]:
-    params = [param for param in net.parameters() if param.requires_grad]
-    if not params:
-        raise UserError("the network has no trainable parameter: nothing to clip")
-    return params
-
-
-def _layers_with_trainable(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for each module that owns a trainable parameter directly."""
-    for name, module in net.named_modules():
-        if any(param.requires_grad for param in module.parameters(recurse=False)):
-            yield name or "the network itself", module
+def _repeat_examples(split: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return tensors [K, count, ...] with the examples of `split` in turn."""
+    index = torch.arange(count, device=split[0].device) % split[0].shape[1]
+    return [tensor[:, index] for tensor in split]
 
 
 def _why_loop(net: nn.Module) -> str | None:
@@ -231,23 +414,11 @@ def _why_loop(net: nn.Module) -> str | None:
         # Compiled code has read the forwards already, so that swapping them would record nothing.
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             return f"{name or 'the network itself'}: compiled"
-    for name, module in _layers_with_trainable(net):
+    for name, module in layers_with_trainable(net):
         reason = why_unsupported(module)
         if reason is not None:
             return f"{name} ({type(module).__name__}): {reason}"
     return None
-
-
-def _refuse_batch_statistics(net: nn.Module) -> None:
-    """Refuse layers that mix examples, or keep statistics of private images in their buffers."""
-    for name, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and (
-            isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
-        ):
-            raise UserError(
-                f"{name} ({type(module).__name__}) keeps statistics over examples, which no"
-                " clipping bounds: use GroupNorm in its place"
-            )
 
 
 def _count_examples(rows: tuple[Tensor, ...], multiplicity: int) -> int:

@@ -1,4 +1,4 @@
-"""Per-example gradients side by side in one matrix: their norms, and their clipped sum.
+"""Per-example gradients side by side: their norms, and their clipped sum.
 
 The arithmetic of the mechanism is here and nowhere else. For examples i = 0..b-1 with gradients g_i
 (each already the mean over the K draws of its example) the clipped sum is
@@ -6,71 +6,136 @@ The arithmetic of the mechanism is here and nowhere else. For examples i = 0..b-
     sum_i c_i g_i,    c_i = min(1, max_grad_norm / ||g_i||),
 
 so that no example moves the sum by more than `max_grad_norm` in L2 norm. With the gradients as rows
-of a matrix G [b, P], that is one pass for the norms and one matrix-vector product, G^T c.
+of a matrix G [b, P], that is one pass for the norms and one matrix-vector product, G^T c. Parameters
+whose gradients are book-kept have no columns in G; they add to the norms and to the sum.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-# A float32 norm over a million entries loses four digits on a CPU. Norms of short segments,
-# combined in float64, lose none, and cost the same.
-_SEGMENT = 4096
+from dp_synth.privacy.clipping.book_keeping import BookKept
+from dp_synth.privacy.clipping.contributions import SEGMENT, Contribution, Dense, squared_norms
+
+Clipping = Literal["flat", "automatic"]
+CLIPPINGS: tuple[Clipping, ...] = ("flat", "automatic")
+
+# The stability constant of automatic clipping, as its authors set it.
+_AUTOMATIC_GAMMA = 0.01
+# Factors are smaller than they need be by this much, so that the rounding of a float32 factor,
+# norm or product does not carry a contribution over the bound: 4.8e-7, or 2.3e-13 in float64.
+_MARGIN = {torch.float32: 2.0**-21, torch.float64: 2.0**-42}
+
+
+def clip_factors(
+    norms: Tensor, max_grad_norm: float, clipping: Clipping, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the factor c_i by which each example's gradient enters the sum, float64 [b].
+
+    c_i ||g_i|| never exceeds `max_grad_norm`. An example whose norm is not finite gets zero:
+    otherwise one broken image would turn the whole sum into NaN, and its presence would show.
+
+    Args:
+        norms: ||g_i||, float64 [b], each >= 0 or not finite.
+        max_grad_norm: the bound C, > 0.
+        clipping: "flat" is min(1, C / ||g_i||); "automatic" is C / (||g_i|| + 0.01), which brings
+            every gradient to about the bound (Bu et al. 2022, arXiv 2206.07136, AUTO-S).
+        dtype: of the sum, float32 or float64: a clipped gradient is held below the bound by the
+            rounding of that type (relative 4.8e-7 or 2.3e-13).
+    """
+    bound = max_grad_norm * (1 - _MARGIN[dtype])
+    if clipping == "automatic":
+        factors = bound / (norms + _AUTOMATIC_GAMMA)
+    else:
+        factors = torch.where(norms <= bound, 1.0, bound / norms)
+    return factors.where(norms.isfinite(), 0.0)
 
 
 class FlatLayout:
     """Where each trainable parameter lies in a flat vector.
 
-    `size` is padded with zeros to a whole number of norm segments. The type is float64 if any
-    parameter is float64, else float32: half precision gradients are summed in float32.
+    Stored parameters come first, `stored_size` entries of a whole number of norm segments; then
+    those that are book-kept; `size` entries in all. `largest_stored` is that of one parameter. The type is float64 if any parameter is
+    float64, else float32: half precision gradients are summed in float32.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], book_kept: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.params = tuple(params)
+        kept = {id(param) for param in book_kept}
+        stored = [param for param in self.params if id(param) not in kept]
         self._offset: dict[int, int] = {}
-        end = 0
-        for param in self.params:
-            self._offset[id(param)] = end
-            end += param.numel()
-        self.size = -(-end // _SEGMENT) * _SEGMENT
+        self.largest_stored = max((param.numel() for param in stored), default=0)
+        end = self._place(stored, 0)
+        self.stored_size = -(-end // SEGMENT) * SEGMENT
+        end = self._place([param for param in self.params if id(param) in kept], self.stored_size)
+        self.size = -(-end // SEGMENT) * SEGMENT
         double = any(param.dtype == torch.float64 for param in self.params)
         self.dtype = torch.float64 if double else torch.float32
         self.device = self.params[0].device
 
+    def _place(self, params: Sequence[nn.Parameter], start: int) -> int:
+        for param in params:
+            self._offset[id(param)] = start
+            start += param.numel()
+        return start
+
     def __contains__(self, param: object) -> bool:
         return id(param) in self._offset
 
-    def zeros(self, *leading: int) -> Tensor:
-        """Return zeros [*leading, size]."""
-        return torch.zeros(*leading, self.size, dtype=self.dtype, device=self.device)
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros of the layout's type and device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def holds(self, flat: Tensor, param: nn.Parameter) -> bool:
+        """Whether `flat` [..., columns] is wide enough to hold `param`."""
+        return self._offset[id(param)] + param.numel() <= flat.shape[-1]
 
     def view(self, flat: Tensor, param: nn.Parameter) -> Tensor:
-        """View `param`'s part of `flat` [..., size] as [..., *param.shape]."""
+        """View `param`'s part of `flat` [..., columns] as [..., *param.shape]."""
         start = self._offset[id(param)]
         part = flat[..., start : start + param.numel()]
         return part.view(*flat.shape[:-1], *param.shape)
 
-    def add_to_grads(self, flat: Tensor) -> None:
-        """Add `flat` [size] to each parameter's `.grad`, which is made where it is None."""
+    def rearrange(self, flat: Tensor, other: "FlatLayout") -> Tensor:
+        """Return `flat` [size] as `other`, a layout of the same parameters, arranges it."""
+        arranged = other.zeros(other.size)
         for param in self.params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            param.grad.add_(self.view(flat, param))
+            other.view(arranged, param).copy_(self.view(flat, param))
+        return arranged
+
+    def add_to_grads(self, flat: Tensor) -> None:
+        """Add `flat` [size] to each parameter's `.grad`; where there is none, it becomes a view."""
+        for param in self.params:
+            part = self.view(flat, param)
+            if param.grad is not None:
+                param.grad.add_(part)
+            else:
+                param.grad = part.to(param.dtype)
 
 
 class ExampleGradients:
-    """The gradients of b examples, one row each, in a matrix that outlives them.
+    """The gradients of b examples: one row each of a matrix that outlives them, or book-kept.
 
     Args:
         layout: which columns belong to which parameter.
-        matrix: [b, layout.size]; its old content is ignored, except that the padding must be zero.
+        matrix: [b, columns]; its old content is ignored, except that the padding must be zero. A
+            parameter beyond its columns is held as what its layer contributed.
     """
 
     def __init__(self, layout: FlatLayout, matrix: Tensor) -> None:
         self._layout = layout
         self._matrix = matrix
         self._written: set[int] = set()
+        self._held: dict[nn.Parameter, Contribution] = {}
+
+    @property
+    def book_kept(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are not written out."""
+        return [param for param, held in self._held.items() if isinstance(held, BookKept)]
 
     def __len__(self) -> int:
         return len(self._matrix)
@@ -79,32 +144,62 @@ class ExampleGradients:
         """Whether `param` is trained, so that its gradients are to be added."""
         return param in self._layout
 
-    def add(self, param: nn.Parameter, grads: Tensor) -> None:
-        """Add `grads` [b, *param.shape]; a module called twice adds twice, before any norm."""
-        view = self._layout.view(self._matrix, param)
-        if id(param) in self._written:
-            view.add_(grads)
-        else:  # saves clearing the matrix first
-            view.copy_(grads)
+    def memory_for(self, param: nn.Parameter) -> Tensor:
+        """Return memory [b, *param.shape] of the type in which gradients are written out."""
+        return self._matrix.new_empty(len(self._matrix), *param.shape)
+
+    def add(self, param: nn.Parameter, contribution: Contribution) -> None:
+        """Add a layer's part; a module called twice adds twice, before any norm."""
+        if self._layout.holds(self._matrix, param):
+            # Writing the first part saves clearing the matrix.
+            first = id(param) not in self._written
+            contribution.write(self._layout.view(self._matrix, param), first)
             self._written.add(id(param))
+        elif param in self._held:
+            # The norm of a sum is not known from the parts' norms.
+            self._held[param] = self._written_out(self._held[param], contribution)
+        elif isinstance(contribution, BookKept):
+            self._held[param] = contribution
+        else:
+            self._held[param] = self._written_out(contribution)
 
-    def clipped_sum(self, max_grad_norm: float) -> Tensor:
-        """Return sum_i min(1, max_grad_norm / ||g_i||) g_i, as [layout.size].
+    def _written_out(self, *contributions: Contribution) -> Dense:
+        """Add contributions up; in the layout's type, for a norm of the very numbers summed."""
+        parts = [part.dense().to(self._layout.dtype) for part in contributions]
+        return Dense(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
-        An example whose gradient is not finite, or whose norm overflows, contributes nothing:
-        otherwise one broken image would turn the whole sum into NaN, and its presence would show.
-        """
-        for param in self._layout.params:
-            if id(param) not in self._written:
-                self._layout.view(self._matrix, param).zero_()
-        norms = self.norms()
-        finite = norms.isfinite()
-        if not finite.all():
-            self._matrix[~finite] = 0.0  # a factor of zero would not do: 0 * NaN is NaN
-        factors = (max_grad_norm / norms).clamp(max=1.0).where(finite, 0.0)
-        return torch.mv(self._matrix.t(), factors.to(self._matrix.dtype))
+    @torch.no_grad()
+    def add_clipped_sum(self, total: Tensor, max_grad_norm: float, clipping: Clipping) -> None:
+        """Add sum_i c_i g_i to `total` [layout.size], with c_i as `clip_factors` gives them."""
+        # Autocast would round what the norm has been taken of.
+        with torch.autocast(total.device.type, enabled=False):
+            self._clear_unwritten()
+            norms = self.norms()
+            factors = clip_factors(norms, max_grad_norm, clipping, self._layout.dtype)
+            left_out = factors == 0
+            if left_out.any():
+                self._leave_out(left_out)
+            columns = self._matrix.shape[1]
+            total[:columns].addmv_(self._matrix.t(), factors.to(self._matrix.dtype))
+            for param, contribution in self._held.items():
+                self._layout.view(total, param).add_(contribution.weighted_sum(factors))
 
     def norms(self) -> Tensor:
         """Return the L2 norms ||g_i|| in float64, [b]."""
-        segments = self._matrix.unflatten(1, (-1, _SEGMENT))
-        return torch.linalg.vector_norm(torch.linalg.vector_norm(segments, dim=2).double(), dim=1)
+        squares = squared_norms(self._matrix)
+        for contribution in self._held.values():
+            squares = squares + contribution.squared_norms()
+        return squares.sqrt()
+
+    def _leave_out(self, examples: Tensor) -> None:
+        """Make gradients zero where `examples` [b] is true; 0 * NaN would be NaN in a sum."""
+        self._matrix[examples] = 0.0
+        for param, contribution in self._held.items():
+            grads = contribution.dense().to(self._layout.dtype, copy=True)
+            grads[examples] = 0.0
+            self._held[param] = Dense(grads)
+
+    def _clear_unwritten(self) -> None:
+        for param in self._layout.params:
+            if self._layout.holds(self._matrix, param) and id(param) not in self._written:
+                self._layout.view(self._matrix, param).zero_()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dp_synth.errors import UserError
+from dp_synth.privacy.clipping.contributions import Dense
 from dp_synth.privacy.clipping.gradients import ExampleGradients, FlatLayout
 
 RowLoss = Callable[..., Tensor]
@@ -37,13 +38,14 @@ def example_gradient(
         layout: the trainable parameters.
         loss: rows -> one loss per row.
         draws: tensors whose leading dimension is the K draws of one example.
-        step: draws per backward; the parts are added before anything is clipped.
+        step: draws per backward, at most; the parts are added before anything is clipped.
         matrix: memory to use.
     """
     multiplicity = len(draws[0])
     grads = ExampleGradients(layout, matrix)
-    for start in range(0, multiplicity, step):
-        losses = row_losses(loss, [tensor[start : start + step] for tensor in draws])
+    backwards = -(-multiplicity // step)
+    for rows in zip(*(tensor.tensor_split(backwards) for tensor in draws), strict=True):
+        losses = row_losses(loss, rows)
         with torch.autocast(losses.device.type, enabled=False):
             parts = torch.autograd.grad(
                 losses.sum() / multiplicity, layout.params, allow_unused=True
@@ -51,5 +53,5 @@ def example_gradient(
         for param, part in zip(layout.params, parts, strict=True):
             if part is not None:
                 dense = part.to_dense() if part.is_sparse else part
-                grads.add(param, dense.unsqueeze(0))
+                grads.add(param, Dense(dense.unsqueeze(0)))
     return grads
