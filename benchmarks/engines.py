@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from dp_synth.diffusion import RowLoss
 from dp_synth.privacy.clipping import ClippingEngine
-from dp_synth.privacy.clipping.choice import timings_cache
+from dp_synth.privacy.clipping.tuning import timings_file
 
 Run = Callable[[Rows, int], None]
 
@@ -63,7 +63,7 @@ def dp_synth(net: nn.Module, loss: RowLoss, max_grad_norm: float, **options: Any
         if multiplicity not in tuned:
             tuned.add(multiplicity)
             engine.tune(
-                loss, rows, multiplicity, len(rows[0]) // multiplicity, cache=timings_cache()
+                loss, rows, multiplicity, len(rows[0]) // multiplicity, cache=timings_file()
             )
         engine.accumulate(loss, rows, multiplicity)
 

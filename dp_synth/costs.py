@@ -17,7 +17,8 @@ from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule, GradientEngine, MeanGradient
 from dp_synth.pretraining import is_cached
 from dp_synth.privacy.clipping import ClippingEngine
-from dp_synth.privacy.clipping.choice import make_engine, timings_cache
+from dp_synth.privacy.clipping.choice import make_engine
+from dp_synth.privacy.clipping.tuning import timings_file
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 _REPEATS = 3
@@ -36,25 +37,29 @@ def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, 
         ``device``, ``parameters``, ``trainable_parameters``, ``hours_fine_tuning``,
         ``hours_pretraining`` (0 if the cache has the public model), ``hours_sampling`` and
         ``memory_mib``: the peak of this process on a CPU, of the allocator on a GPU; ``backward``,
-        how the engine will clip: rows of one backward, its memory beside the weights, and the way
-        of each layer (None without privacy).
+        what the engine does: ``EnginePlan``'s facts, or its name alone where it is another's (None
+        without privacy).
 
     Raises:
         UserError: the trainer's device is not there.
     """
-    device = build_trainer(cfg.trainer).strategy.root_device
+    trainer = build_trainer(cfg.trainer)
+    device = trainer.strategy.root_device
     net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes).to(device)
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
     if cfg.trainer.activation_checkpointing:
         net.enable_gradient_checkpointing()
     rows = plan.steps * plan.batch_size * plan.multiplicity
-    engine, backward = _prepared_engine(cfg, module, plan)
+    with trainer.precision_plugin.forward_context():
+        engine, backward = _prepared_engine(cfg, module, plan)
+        fine_tuning = rows * _seconds_per_row(cfg, module, plan, engine) / 3600
+        pretraining = _hours_of_pretraining(cfg, module)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in net.parameters()),
         "trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
-        "hours_fine_tuning": rows * _seconds_per_row(cfg, module, plan, engine) / 3600,
-        "hours_pretraining": _hours_of_pretraining(cfg, module),
+        "hours_fine_tuning": fine_tuning,
+        "hours_pretraining": pretraining,
         "hours_sampling": _hours_of_sampling(cfg, module),
         "memory_mib": _peak_memory_mib(device),
         "backward": backward,
@@ -73,14 +78,14 @@ def _prepared_engine(
         return engine, {"engine": plan.engine}
     rows = module.draw_rows(_random_batch(cfg, 1, module.net.device), step=0)
     loss = module.diffusion.row_loss(module.net)
-    found = engine.tune(loss, rows, plan.multiplicity, plan.batch_size, cache=timings_cache())
+    found = engine.tune(loss, rows, plan.multiplicity, plan.batch_size, cache=timings_file())
     return engine, {
         "engine": plan.engine,
-        "one_at_a_time": found.fallback_reason,
+        "fallback_reason": found.fallback_reason,
         "examples_per_backward": found.chunk.examples,
         "draws_per_backward": found.chunk.draws,
         "memory_mib": found.memory_mib,
-        "layers": found.ways,
+        "ways": found.ways,
     }
 
 

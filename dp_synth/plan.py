@@ -47,7 +47,7 @@ def plan_run(cfg: DictConfig) -> dict[str, Any]:
     machine with random images of the declared shape.
 
     Returns:
-        A flat dict fit for JSON: the mechanism in the words of ``privacy.json``, ``eps_curve`` as
+        A dict fit for JSON: the mechanism in the words of ``privacy.json``, ``eps_curve`` as
         (steps, eps) pairs, ``sampled_images``, and what ``costs.measure_costs`` gives.
 
     Raises:
@@ -109,7 +109,7 @@ def _print_mechanism(price: dict[str, Any]) -> None:
 
 
 def _print_backward(backward: dict[str, Any]) -> None:
-    if "layers" not in backward:
+    if "ways" not in backward:
         print(f"Clipping            by {backward['engine']}")
         return
     print(
@@ -117,11 +117,11 @@ def _print_backward(backward: dict[str, Any]) -> None:
         f"{backward['draws_per_backward']} draws a backward, {backward['memory_mib']:,.0f} MiB "
         "beside the weights"
     )
-    ways = Counter(backward["layers"].values())
+    ways = Counter(backward["ways"].values())
     if ways:
         counts = ", ".join(f"{way} {count}" for way, count in ways.most_common())
         print(f"Layers clipped by   {counts}")
-    if backward["one_at_a_time"]:
+    if backward["fallback_reason"]:
         print(f"                    one example at a time: {backward['one_at_a_time']}")
 
 

@@ -24,8 +24,8 @@ from dp_synth.privacy.clipping.rules.convolution import Convolution, window_inne
 # Torch says that even kernels cost a copy; here they are wanted.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
-GROUPED = ["grouped", "one by one"]
-CONV2D = ["grouped", "one by one", "windows", "book-keeping"]
+GROUPED = ["grouped", "example-wise"]
+CONV2D = ["grouped", "example-wise", "windows", "book-keeping"]
 LINEAR = ["product", "book-keeping"]
 NO_CHOICE = [None]
 

@@ -24,7 +24,7 @@ from torch import nn
 from dp_synth.privacy.clipping import ClippingEngine
 
 EXAMPLES, DRAWS = 3, 3
-WAYS = ["grouped", "one by one", "windows", "book-keeping"]
+WAYS = ["grouped", "example-wise", "windows", "book-keeping"]
 
 
 # ------------------------------------------------------------------------------------ networks

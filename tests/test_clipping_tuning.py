@@ -22,8 +22,9 @@ from clipping_oracle import (
 )
 from torch import nn
 
-from dp_synth.privacy.clipping import ClippingEngine, tuning
+from dp_synth.privacy.clipping import ClippingEngine, book_keeping, tuning
 from dp_synth.privacy.clipping.contributions import OneByOne
+from dp_synth.privacy.clipping.rules import convolution
 from dp_synth.privacy.clipping.tuning import LayerWays
 
 DRAWS = 2
@@ -66,6 +67,8 @@ def prefer(monkeypatch):
             return way if way in ways else next(iter(ways))
 
         monkeypatch.setattr(tuning, "_fastest", fastest)
+        # Also for layers so small that it would only cost memory.
+        monkeypatch.setattr(book_keeping, "is_possible", lambda x, weight, rows: rows <= 512)
         return measured
 
     return prefer
@@ -101,7 +104,7 @@ def test_the_sum_of_a_unet_is_the_same_before_and_after():
 
 
 @pytest.mark.parametrize("examples", [1, 7])
-@pytest.mark.parametrize("way", ["grouped", "one by one", "windows", "book-keeping"])
+@pytest.mark.parametrize("way", ["grouped", "example-wise", "windows", "book-keeping"])
 def test_what_is_fastest_is_used_and_gives_the_same_sum(monkeypatch, prefer, way, examples):
     prefer(way)
     net, loss = make()
@@ -138,7 +141,7 @@ def test_gradients_at_hand_are_left_alone(mode):
     assert not any("forward" in vars(module) for module in net.modules())
 
 
-@pytest.mark.parametrize("way", ["one by one", "book-keeping"])
+@pytest.mark.parametrize("way", ["example-wise", "book-keeping"])
 def test_tuning_under_autocast(prefer, way):
     prefer(way)
     net, loss = make(torch.float32)
@@ -280,7 +283,7 @@ def test_a_measurement_does_the_work_of_a_sum():
         return torch.ones(5)
 
     memory = torch.zeros(3, 5)
-    tuning._fastest({"one by one": lambda: OneByOne(3, gradient)}, "one by one", memory)
+    tuning._fastest({"example-wise": lambda: OneByOne(3, gradient)}, "example-wise", memory)
     assert made[:3] == [0, 1, 2]
     assert (memory == 1).all()
 
@@ -325,12 +328,12 @@ def test_what_was_measured_once_is_not_again(path, prefer, no_timing):
 def test_other_shapes_are_measured_and_added(path, prefer, no_timing, other):
     prefer("windows")
     tune(path)
-    measured = prefer("one by one")
-    assert tune(path, **other).ways["conv"] == "one by one"
+    measured = prefer("example-wise")
+    assert tune(path, **other).ways["conv"] == "example-wise"
     assert measured
     no_timing()
     assert tune(path).ways["conv"] == "windows"
-    assert tune(path, **other).ways["conv"] == "one by one"
+    assert tune(path, **other).ways["conv"] == "example-wise"
 
 
 def test_another_machines_measurements_are_kept_and_not_used(path, prefer):
@@ -373,7 +376,7 @@ def test_ways_that_do_not_exist_are_measured_again(path, prefer, foreign):
     tune(path)
     content = json.loads(path.read_text())
     ((machine, ways),) = content.items()
-    path.write_text(json.dumps({machine: dict.fromkeys(ways, foreign)}))
+    path.write_text(json.dumps({machine: ways | {"ways": dict.fromkeys(ways["ways"], foreign)}}))
     assert tune(path).ways["conv"] == "windows"
     assert json.loads(path.read_text()) == content
 
@@ -386,3 +389,23 @@ def test_a_cache_that_cannot_be_written_is_harmless(tmp_path, prefer):
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == [
         "file"
     ]
+
+
+def test_a_way_that_memory_does_not_hold_is_not_taken(monkeypatch):
+    net, loss = make()
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(convolution, "_one_by_one", out_of_memory)
+    monkeypatch.setattr(convolution, "grouped_weight_grads", out_of_memory)
+    plan = ClippingEngine(net, 1.0).tune(loss, random_rows(4), DRAWS)
+    assert plan.ways["conv"] in ("windows", "book-keeping")
+
+
+def test_sizes_that_memory_does_not_hold_are_not_taken():
+    def work(size):
+        if size > 25:
+            raise torch.OutOfMemoryError
+
+    assert tuning.fastest_size(100, work) <= 25

@@ -16,7 +16,7 @@ from dp_synth.privacy.clipping.recording import Call
 torch.set_num_threads(1)
 
 EXAMPLES, DRAWS = 5, 2
-WAYS = ["grouped", "one by one", "windows", "book-keeping", "tables", "product"]
+WAYS = ["grouped", "example-wise", "windows", "book-keeping", "tables", "product"]
 
 
 class AllLayers(nn.Module):
@@ -139,7 +139,7 @@ class LowRank(AllLayers):
 
 # ------------------------------------------------------------------------------- planted faults
 
-CONV = ["grouped", "one by one"]
+CONV = ["grouped", "example-wise"]
 WAYS_OF_WEIGHTS = {
     "conv": [*CONV, "windows", "book-keeping"],
     "conv_1d": CONV,
@@ -192,7 +192,7 @@ def spoilt_gradients(fault):
     def spoil(contribution):
         spoilt = Dense(fault(contribution.dense()))
         if isinstance(contribution, BookKept):
-            return BookKept(contribution.squared_norms(), spoilt.dense, spoilt.weighted_sum)
+            return SpoiltBookKept(contribution, total=spoilt.weighted_sum)
         return spoilt
 
     return spoil
@@ -201,13 +201,20 @@ def spoilt_gradients(fault):
 def spoilt_book_keeping(norms=lambda squares: squares, total=lambda weighted: weighted):
     def spoil(contribution):
         assert isinstance(contribution, BookKept)
-        return BookKept(
-            norms(contribution.squared_norms()),
-            contribution.dense,
-            lambda factors: total(contribution.weighted_sum(factors)),
+        return SpoiltBookKept(
+            contribution, norms, lambda *args: total(contribution.weighted_sum(*args))
         )
 
     return spoil
+
+
+class SpoiltBookKept(BookKept):
+    """Book-kept gradients that lie about their norms, or their sum."""
+
+    def __init__(self, honest, norms=lambda squares: squares, total=None):
+        self.dense = honest.dense
+        self.squared_norms = lambda: norms(honest.squared_norms())
+        self.weighted_sum = total
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -14,7 +14,8 @@ from dp_synth.data.module import Batch
 from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule, MakeOptimizer
 from dp_synth.privacy.clipping import ClippingEngine, check_engine
-from dp_synth.privacy.clipping.choice import Engine, make_engine, timings_cache
+from dp_synth.privacy.clipping.choice import Engine, make_engine
+from dp_synth.privacy.clipping.tuning import timings_file
 from dp_synth.privacy.plan import PrivacyPlan
 
 # Examples in the self-check: enough to have clipped and unclipped ones, few enough for seconds.
@@ -30,7 +31,7 @@ class PrivacyEngineCallback(Callback):
 
     Args:
         plan: a calibrated plan.
-        micro_batch_size: rows of one backward, or None for as many as memory holds.
+        micro_batch_size: rows of one backward, or None for the fastest number.
         memory_mib: what a backward may take, in MiB, or None for what suits the machine.
     """
 
@@ -82,7 +83,7 @@ class PrivacyEngineCallback(Callback):
         repeatable = self.plan.unsafe_repeatable_randomness is not None
         if isinstance(engine, ClippingEngine) and not repeatable:
             engine.tune(
-                loss, rows, pl_module.multiplicity, self.plan.batch_size, cache=timings_cache()
+                loss, rows, pl_module.multiplicity, self.plan.batch_size, cache=timings_file()
             )
         check_engine(engine, loss, rows, pl_module.multiplicity)
 

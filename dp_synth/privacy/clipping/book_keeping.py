@@ -23,8 +23,6 @@ from torch import Tensor
 
 from dp_synth.privacy.clipping.contributions import Contribution
 
-# Beyond this many rows the matrices of inner products outgrow any gradient they could replace.
-_MOST_ROWS = 512
 # What the weighted sum is allowed to be off by, in unit roundoffs of its terms.
 _ROUNDOFFS = 2.0
 
@@ -33,20 +31,26 @@ class BookKept(Contribution):
     """Per-example gradients known by their norms and their weighted sum.
 
     Args:
+        x: the layer's input rows [K * b, ...], draw-major.
+        dy: the gradient of its output rows.
         squared_norms: float64 [b].
         dense: writes the gradients out after all, for a parameter that is used again.
-        weighted_sum: float64 factors [b] -> the weight gradient of rows scaled by them.
+        weight_grad: rows x and scaled dy, float32 at least -> the ordinary weight gradient.
     """
 
     def __init__(
         self,
+        x: Tensor,
+        dy: Tensor,
         squared_norms: Tensor,
         dense: Callable[[], Tensor],
-        weighted_sum: Callable[[Tensor], Tensor],
+        weight_grad: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
+        self._x = x
+        self._dy = dy
         self._squared_norms = squared_norms
         self._dense = dense
-        self._weighted_sum = weighted_sum
+        self._weight_grad = weight_grad
 
     def dense(self) -> Tensor:
         return self._dense()
@@ -54,15 +58,43 @@ class BookKept(Contribution):
     def squared_norms(self) -> Tensor:
         return self._squared_norms
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        return self._weighted_sum(factors)
+    def weighted_sum(self, factors: Tensor, some_left_out: bool) -> Tensor:
+        x, dy = _full_precision(self._x), _full_precision(self._dy)
+        if some_left_out:
+            x, dy = _zero_where(factors == 0, x), _zero_where(factors == 0, dy)
+        by_row = factors.to(dy.dtype).repeat(len(dy) // len(factors))
+        return self._weight_grad(x, dy * by_row.view(-1, *(1,) * (dy.dim() - 1)))
 
 
-def is_possible(x: Tensor, rows: int) -> bool:
-    """Whether layers with input `x` and `rows` rows per example, N, can be book-kept exactly."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    is_rounded = tf32 and x.device.type == "cuda" and x.dtype != torch.float64
-    return rows <= _MOST_ROWS and not is_rounded
+def _full_precision(rows: Tensor) -> Tensor:
+    """Return rows in float32 at least; indices stay as they are."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def _zero_where(examples: Tensor, rows: Tensor) -> Tensor:
+    """Clear draw-major rows [K * b, ...] of `examples` [b]: zero times NaN would be NaN."""
+    by_row = examples.repeat(len(rows) // len(examples))
+    return rows.masked_fill(by_row.view(-1, *(1,) * (rows.dim() - 1)), 0)
+
+
+def is_possible(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether a layer with input `x` and `rows` rows per example, N, can be book-kept.
+
+    It must be exact, and its inner products, a few matrices of N^2 in float64, must take no more
+    memory than twice the gradient that they replace.
+    """
+    is_rounded = x.dtype != torch.float64 and multiplies_in_tf32(x.device)
+    return 4 * rows**2 <= weight.numel() and not is_rounded
+
+
+def multiplies_in_tf32(device: torch.device) -> bool:
+    """Whether `device` rounds float32 factors to TF32."""
+    if device.type != "cuda":
+        return False
+    try:
+        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by the newer interface, beside which the old one cannot be read
+        return True
 
 
 def pays_off(rows: int, out_features: int, in_features: int) -> bool:
@@ -90,15 +122,3 @@ def squared_norms(x_bnn: Tensor, dy_bnn: Tensor, dtype: torch.dtype) -> Tensor:
     terms = (x_bnn.diagonal(dim1=1, dim2=2) * dy_bnn.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
     roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     return (norms + _ROUNDOFFS * roundoff * terms).square()
-
-
-def full_precision(rows: Tensor) -> Tensor:
-    """Return rows in float32 at least."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
-def scale_rows(rows: Tensor, factors: Tensor) -> Tensor:
-    """Scale draw-major `rows` [K * b, ...] by their examples' finite `factors` [b], unrounded."""
-    rows = full_precision(rows)
-    by_row = factors.to(rows.dtype).repeat(len(rows) // len(factors))
-    return rows * by_row.view(-1, *(1,) * (rows.dim() - 1))

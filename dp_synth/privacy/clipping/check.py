@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dp_synth.errors import UserError
+from dp_synth.privacy.clipping.book_keeping import multiplies_in_tf32
 from dp_synth.privacy.clipping.gradients import Clipping
-from dp_synth.privacy.clipping.loop import RowLoss
+from dp_synth.privacy.clipping.loss import RowLoss
 
 # Random draws of the perturbation are the same in every run: the check depends on nothing secret.
 _SEED = 0
@@ -37,14 +38,14 @@ def check_engine(
     loss: RowLoss,
     rows: tuple[Tensor, ...],
     multiplicity: int,
-    tolerance: float | None = None,
 ) -> None:
     """Refuse an engine whose clipped sum is not that of a loop over examples and draws.
 
     On return: for these rows, at slightly perturbed weights, (1) every trainable parameter's
     unclipped sum and (2) its clipped sum, with `max_grad_norm` at the median norm so that about
     half the examples are clipped, equal brute force, and (3) no example alone contributes more than
-    `max_grad_norm`. Weights, buffers, `.grad`, training mode, `max_grad_norm` and the global random
+    `max_grad_norm`. Equal is up to a relative error of 1e-8 in float64, 1e-3 in float32, 5e-2 under
+    autocast, in half precision, or where the device multiplies float32 in TF32. Weights, buffers, `.grad`, training mode, `max_grad_norm` and the global random
     state are as they were, also after a failure. Dropout is off while checking. Costs about four
     backwards of all rows, one of them in pieces, so a few examples are enough.
 
@@ -54,13 +55,11 @@ def check_engine(
         rows: random rows of the run's shapes, never private ones; K * B of them, draw-major,
             B >= 2. B is best an odd number that no other dimension of the network shares.
         multiplicity: K.
-        tolerance: relative error that passes; by default 1e-8 in float64, 1e-3 in float32, 5e-2
-            under autocast, in half precision, or where the device multiplies float32 in TF32.
 
     Raises:
         UserError: the engine is wrong here; names the parameter that is furthest off.
     """
-    limit = _default_tolerance(engine.net) if tolerance is None else tolerance
+    limit = _tolerance(engine.net)
     examples = len(rows[0]) // multiplicity
     if examples < 2:
         raise UserError(
@@ -129,9 +128,9 @@ def _mean_gradient(
     params = _named_trainable(net)
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
     examples = len(rows[0]) // multiplicity
-    draws = torch.arange(example, len(rows[0]), examples, device=rows[0].device)
+    draws = torch.arange(example, len(rows[0]), examples)
     for group in draws.chunk(_DRAW_GROUPS):
-        value = loss(*(tensor[group] for tensor in rows)).sum()
+        value = loss(*(tensor[group.to(tensor.device)] for tensor in rows)).sum()
         parts = torch.autograd.grad(value, list(params.values()), allow_unused=True)
         for name, part in zip(params, parts, strict=True):
             if part is not None:
@@ -188,14 +187,12 @@ def _compare(found: Gradient, expected: Gradient, limit: float, what: str) -> No
         )
 
 
-def _default_tolerance(net: nn.Module) -> float:
+def _tolerance(net: nn.Module) -> float:
     params = list(_named_trainable(net).values())
     device = params[0].device.type
     if all(param.dtype == torch.float64 for param in params):
         return 1e-8
-    tf32 = device == "cuda" and (
-        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    )
+    tf32 = multiplies_in_tf32(params[0].device)
     half = any(param.dtype in (torch.float16, torch.bfloat16) for param in params)
     return 5e-2 if half or tf32 or torch.is_autocast_enabled(device) else 1e-3
 

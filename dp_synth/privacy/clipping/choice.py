@@ -1,8 +1,5 @@
 """Chooses the engine that a plan asks for."""
 
-import os
-from pathlib import Path
-
 from torch import nn
 
 from dp_synth.errors import UserError
@@ -38,9 +35,3 @@ def make_engine(
         clipping=plan.clipping,
         memory_mib=memory_mib,
     )
-
-
-def timings_cache() -> Path:
-    """Where the engine's timings are kept between runs: in ``$DP_SYNTH_CACHE`` or ``~/.cache/dp_synth``."""
-    folder = os.environ.get("DP_SYNTH_CACHE") or "~/.cache/dp_synth"
-    return Path(folder).expanduser() / "clipping_timings.json"

@@ -1,18 +1,17 @@
 """The clipping engine: cuts rows into chunks and adds their clipped per-example gradients."""
 
 import logging
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dp_synth.checks import count, one_of, positive
 from dp_synth.errors import UserError
 from dp_synth.privacy.clipping.gradients import (
     CLIPPINGS,
@@ -20,7 +19,8 @@ from dp_synth.privacy.clipping.gradients import (
     ExampleGradients,
     FlatLayout,
 )
-from dp_synth.privacy.clipping.loop import RowLoss, example_gradient, row_losses
+from dp_synth.privacy.clipping.loop import example_gradient
+from dp_synth.privacy.clipping.loss import RowLoss, count_examples, row_losses
 from dp_synth.privacy.clipping.memory import MIB, Chunk, MemoryUse, default_budget, measure
 from dp_synth.privacy.clipping.network import (
     layers_with_trainable,
@@ -29,12 +29,9 @@ from dp_synth.privacy.clipping.network import (
 )
 from dp_synth.privacy.clipping.recording import Chooser, Recording, UnsupportedInput
 from dp_synth.privacy.clipping.rules import recorded_forward, why_unsupported
-from dp_synth.privacy.clipping.tuning import LayerWays, TimingsCache, Tuner, fastest_seconds
+from dp_synth.privacy.clipping.tuning import LayerWays, TimingsCache, Tuner, fastest_size
 
 logger = logging.getLogger("dp_synth")
-
-# Chunks are timed from a sixteenth of the largest that memory holds upwards, doubling.
-_HALVINGS = 5
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ class EnginePlan:
 class ClippingEngine:
     """Exact sums of clipped per-example gradients for any network, fast for the usual layers.
 
-    Guarantee: `accumulate` adds sum_i clip(mean_k grad_ik, max_grad_norm), so one example moves
-    the sum by at most `max_grad_norm` (up to rounding of the sum), however the rows are chunked and
+    Guarantee: `accumulate` adds sum_i c_i g_i with g_i = mean_k grad_ik and c_i ||g_i|| at most
+    `max_grad_norm`, so one example moves the sum by at most that (up to rounding of the sum), however the rows are chunked and
     whichever path is taken. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the
     augmentation multiplicity of De et al. 2022 (arXiv 2204.13650): draws are averaged, then clipped
     once.
@@ -70,13 +67,16 @@ class ClippingEngine:
             trained ones.
         max_grad_norm: the L2 bound of one example's contribution, > 0.
         micro_batch_size: rows of one backward. Where it holds fewer rows than one example has
-            draws, the draws are spread over several backwards and clipped after. None takes as many
-            as `memory_mib` holds, which is measured on the first rows.
+            draws, the draws are spread over several backwards and clipped after. None takes the
+            number of `memory_mib` that `tune` finds fastest; before that, as many as it holds, or a
+            quarter of them where it is None.
         mode: "auto" records with a rule per layer and falls back to "loop", one example per
             backward, where a trainable parameter's layer has no rule.
         clipping: how a norm becomes a factor; see `gradients.clip_factors`.
-        memory_mib: what a backward may take beside the network's weights, in MiB, > 0. None is 768
-            more than the least on a CPU, and four fifths of what is free on a GPU.
+        memory_mib: what a backward may take beside the network's weights, in MiB, > 0; an estimate
+            from the tensors of two small ones, with a third on top for kernels and allocator. None
+            is 768 more than what does not grow with the rows on a CPU, and four fifths of what is
+            free on a GPU.
 
     Attributes:
         fallback_reason: why the loop is taken although the mode is "auto", with the layer's name;
@@ -104,16 +104,13 @@ class ClippingEngine:
         clipping: Clipping = "flat",
         memory_mib: float | None = None,
     ) -> None:
-        if not (max_grad_norm > 0 and math.isfinite(max_grad_norm)):
-            raise UserError(f"max_grad_norm must be a finite number above 0, not {max_grad_norm}")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError(f"micro_batch_size must be at least 1 or unset, not {micro_batch_size}")
-        if memory_mib is not None and not memory_mib > 0:
-            raise UserError(f"memory_mib must be above 0 or unset, not {memory_mib}")
-        if mode not in ("auto", "loop"):
-            raise UserError(f"the clipping engine's mode must be auto or loop, not {mode!r}")
-        if clipping not in CLIPPINGS:
-            raise UserError(f"clipping must be one of {', '.join(CLIPPINGS)}, not {clipping!r}")
+        positive("max_grad_norm", max_grad_norm)
+        if micro_batch_size is not None:
+            count("micro_batch_size", micro_batch_size)
+        if memory_mib is not None:
+            positive("memory_mib", memory_mib)
+        one_of("mode", mode, ("auto", "loop"))
+        one_of("clipping", clipping, CLIPPINGS)
         refuse_batch_statistics(net)
         self.net = net
         self.max_grad_norm = max_grad_norm
@@ -123,18 +120,22 @@ class ClippingEngine:
         self.memory_mib = memory_mib
         self.fallback_reason: str | None = None
         self._removed = False
+        self._state: list[tuple[int, object, object]]
         self._layers: list[tuple[str, nn.Module]]
         self._layout: FlatLayout
         self._matrix: Tensor
         self._knows_written: bool
         self._measured: MemoryUse | None
+        self._budget: float | None = (
+            None  # asked for once: what is free includes no own memory then
+        )
         self._ways = LayerWays()
         self._fastest_examples: dict[int, int] = {}  # by multiplicity
-        self._forget(list(trainable_parameters(net).values()))
+        self._forget()
         self._choose_path()
 
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int = 1) -> None:
-        """Add sum_i clip(mean_k grad_ik, max_grad_norm) to each trainable parameter's `.grad`.
+        """Add sum_i c_i mean_k grad_ik to each trainable parameter's `.grad`.
 
         A missing `.grad` is made, also for B = 0, where the sum is zero and `loss` is not called.
         An example whose gradient is not finite contributes nothing. If `loss` raises, no `.grad`
@@ -143,7 +144,7 @@ class ClippingEngine:
         Args:
             loss: tensors of R rows -> one loss per row, [R]; a row's loss depends on that row
                 alone. It calls the network, and is called once per chunk; the first time also on a
-                row or two, to measure memory, where no micro_batch_size is given.
+                row and on two, to measure memory, where no micro_batch_size is given.
             rows: tensors with K * B leading rows, draw-major: row n = k * B + i is draw k of
                 example i.
             multiplicity: K, draws per example, >= 1.
@@ -167,8 +168,10 @@ class ClippingEngine:
     ) -> EnginePlan:
         """Time every way to each layer's gradients on rows of the run's shapes; use the fastest.
 
-        The sum is the same up to rounding. Costs a few backwards of a chunk; `.grad` stays as it
-        is. Without it, ways are chosen by rules of thumb.
+        Also how many examples to take at once, where no micro_batch_size is given. The sum is the
+        same up to rounding; `.grad` stays as it is. Costs up to fifteen sums over a chunk, and
+        three calls of each way for each shape of layer: seconds, once per machine with `cache`.
+        Without it, ways are chosen by rules of thumb.
 
         Args:
             loss: as for `accumulate`.
@@ -177,7 +180,10 @@ class ClippingEngine:
             multiplicity: K.
             batch_size: the expected examples of a call, above which no chunk is tried; None is no
                 limit.
-            cache: a file of ways measured earlier on this machine, or None.
+            cache: a file of what was measured earlier on this machine, or None.
+
+        Raises:
+            UserError: no example, or as for `accumulate`.
         """
         split = self._split(rows, multiplicity)
         if not split[0].shape[1]:
@@ -198,8 +204,8 @@ class ClippingEngine:
         """View rows as tensors [K, B, ...] that require no gradient."""
         if self._removed:
             raise RuntimeError("this clipping engine has been removed from its network")
-        examples = _count_examples(rows, multiplicity)
-        self._follow_trainable_parameters()
+        examples = count_examples(rows, multiplicity)
+        self._follow_network()
         return [tensor.detach().unflatten(0, (multiplicity, examples)) for tensor in rows]
 
     # ------------------------------------------------------------------------------- clipped sums
@@ -225,22 +231,30 @@ class ClippingEngine:
         has_rules = self.mode == "auto" and self.fallback_reason is None
         return has_rules and chunk.draws == multiplicity
 
-    def _clipped_sum_recorded(self, loss: RowLoss, split: Sequence[Tensor], at_once: int) -> Tensor:
+    def _clipped_sum_recorded(
+        self, loss: RowLoss, split: Sequence[Tensor], examples_at_once: int
+    ) -> Tensor:
         examples = split[0].shape[1]
         total = self._layout.zeros(self._layout.size)
-        chunks = -(-examples // at_once)
+        chunks = -(-examples // examples_at_once)
         for part in zip(*(tensor.tensor_split(chunks, dim=1) for tensor in split), strict=True):
-            grads = self._record(loss, part, self._ways)
-            grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
-            total = self._give_memory_to_written(grads, total)
+            total = self._add_chunk(loss, part, total)
         return total
 
-    def _clipped_sum_looped(self, loss: RowLoss, split: Sequence[Tensor], at_once: int) -> Tensor:
+    def _add_chunk(self, loss: RowLoss, part: Sequence[Tensor], total: Tensor) -> Tensor:
+        """Return `total` with one chunk's clipped sum added; its gradients are let go of."""
+        grads = self._record(loss, part, self._ways)
+        grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+        return self._give_memory_to_written(grads, total)
+
+    def _clipped_sum_looped(
+        self, loss: RowLoss, split: Sequence[Tensor], draws_at_once: int
+    ) -> Tensor:
         total = self._layout.zeros(self._layout.size)
         for i in range(split[0].shape[1]):
             draws = [tensor[:, i] for tensor in split]
             memory = self._memory(1, self._layout.size)
-            grads = example_gradient(self._layout, loss, draws, at_once, memory)
+            grads = example_gradient(self._layout, loss, draws, draws_at_once, memory)
             grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
         return total
 
@@ -254,7 +268,8 @@ class ClippingEngine:
             losses = row_losses(loss, [tensor.flatten(0, 1) for tensor in part])
             # Autocast belongs to the forward; its casts are in the graph already.
             with torch.autocast(losses.device.type, enabled=False):
-                (losses.sum() / multiplicity).backward()
+                # To the layers alone: whatever else the loss depends on gets no gradient here.
+                (losses.sum() / multiplicity).backward(inputs=[anchor])
         return grads
 
     @contextmanager
@@ -292,10 +307,12 @@ class ClippingEngine:
 
     def _largest_chunk(self, loss: RowLoss, split: Sequence[Tensor]) -> Chunk:
         use = self._memory_use(loss, split)
-        if self.memory_mib is not None:
-            return use.largest_chunk(self.memory_mib * MIB, multiplicity=len(split[0]))
-        budget = default_budget(use, self._layout.device)
-        return use.largest_chunk(budget, multiplicity=len(split[0]))
+        if self._budget is None:
+            given = self.memory_mib
+            self._budget = (
+                default_budget(use, self._layout.device) if given is None else given * MIB
+            )
+        return use.largest_chunk(self._budget, multiplicity=len(split[0]))
 
     def _memory_use(self, loss: RowLoss, split: Sequence[Tensor]) -> MemoryUse:
         """Return what backwards of these rows take; measured once, on copies of the first row."""
@@ -306,9 +323,10 @@ class ClippingEngine:
             except UnsupportedInput as error:
                 self._fall_back(str(error))
                 return self._memory_use(loss, split)
-        # The largest layer's gradients are there twice while they are written.
-        written = self._layout.stored_size + self._layout.largest_stored
-        return self._measured.writing(written * self._layout.dtype.itemsize)
+        # The largest layer's gradients are there twice while they are written, and its inner
+        # products take up to twice as much as they would.
+        numbers = self._layout.stored_size + 2 * self._layout.largest
+        return self._measured.writing(numbers * self._layout.dtype.itemsize)
 
     def _measured_backward(self, loss: RowLoss, row: Sequence[Tensor], draws: int) -> None:
         self._matrix = self._layout.zeros(0, 0)
@@ -345,14 +363,14 @@ class ClippingEngine:
         try:
             if self.micro_batch_size is None:
                 self._time_chunks(loss, split, cache, batch_size or sys.maxsize)
-            tuner = Tuner(cache.known)
+            tuner = Tuner(cache.ways)
             chunk = self._chunk(loss, split)
             self._record(loss, _repeat_examples(split, chunk.examples), tuner)
             self._ways.take(tuner.ways)
         except UnsupportedInput as error:
             self._fall_back(str(error))
         cache.save()
-        self._forget(list(self._layout.params))
+        self._forget()
 
     def _time_chunks(
         self, loss: RowLoss, split: Sequence[Tensor], cache: TimingsCache, most: int
@@ -361,35 +379,34 @@ class ClippingEngine:
         multiplicity = len(split[0])
         largest = min(most, self._largest_chunk(loss, split).examples)
         key = (
-            f"{type(self.net).__name__} of {self._layout.size} trained, {self._measured},"
+            f"{type(self.net).__name__} of {self._layout.size} trained, {split[0].dtype} autocast"
+            f" {torch.is_autocast_enabled(self._layout.device.type)}, {self._measured},"
             f" K={multiplicity}, at most {largest}"
         )
-        if not cache.known.get(key, "").isdecimal():
-            best, least = largest, math.inf
-            for size in sorted({max(1, largest >> halvings) for halvings in range(_HALVINGS)}):
-                rows = _repeat_examples(split, size)
-                work = partial(self._clipped_sum_recorded, loss, rows, size)
-                seconds = fastest_seconds(work) / size
-                if seconds > least:
-                    break  # larger ones are slower still, and take long to try
-                best, least = size, seconds
-            cache.known[key] = str(best)
-        self._fastest_examples[multiplicity] = int(cache.known[key])
+        if key not in cache.sizes:
+            cache.sizes[key] = fastest_size(
+                largest,
+                lambda size: self._clipped_sum_recorded(loss, _repeat_examples(split, size), size),
+            )
+        self._fastest_examples[multiplicity] = cache.sizes[key]
 
-    def _forget(self, params: Sequence[nn.Parameter]) -> None:
-        """Forget what was learnt about the gradients of other parameters, or in other ways."""
+    def _forget(self) -> None:
+        """Start afresh with the network as it is now."""
+        self._state = _state_of(self.net)
         self._layers = list(layers_with_trainable(self.net))
-        self._layout = FlatLayout(params)
+        self._layout = FlatLayout(list(trainable_parameters(self.net).values()))
         self._matrix = self._layout.zeros(0, 0)
         self._knows_written = False
         self._measured = None
+        self._budget = None
 
-    def _follow_trainable_parameters(self) -> None:
-        """Notice parameters frozen or freed since the last call."""
-        params = list(trainable_parameters(self.net).values())
-        if [id(param) for param in params] != [id(param) for param in self._layout.params]:
-            self._forget(params)
-            self._choose_path()
+    def _follow_network(self) -> None:
+        """Notice what was frozen, freed, moved, replaced or compiled since the last call."""
+        if _state_of(self.net) != self._state:
+            self._forget()
+            self._fastest_examples.clear()
+            self.fallback_reason = None
+        self._choose_path()
 
     def _choose_path(self) -> None:
         if self.mode == "auto" and self.fallback_reason is None:
@@ -399,14 +416,21 @@ class ClippingEngine:
 
     def _fall_back(self, reason: str) -> None:
         self.fallback_reason = reason
-        self._forget(list(self._layout.params))
+        self._forget()
         logger.warning("clipping one example at a time, which is slower: %s", reason)
+
+
+def _state_of(net: nn.Module) -> list[tuple[int, object, object]]:
+    """Return what must not change for what is known about a network to hold."""
+    layers = [(id(layer), None, None) for _, layer in layers_with_trainable(net)]
+    params = trainable_parameters(net).values()
+    return [*layers, *((id(param), param.dtype, param.device) for param in params)]
 
 
 def _repeat_examples(split: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return tensors [K, count, ...] with the examples of `split` in turn."""
-    index = torch.arange(count, device=split[0].device) % split[0].shape[1]
-    return [tensor[:, index] for tensor in split]
+    index = torch.arange(count) % split[0].shape[1]
+    return [tensor[:, index.to(tensor.device)] for tensor in split]
 
 
 def _why_loop(net: nn.Module) -> str | None:
@@ -419,17 +443,3 @@ def _why_loop(net: nn.Module) -> str | None:
         if reason is not None:
             return f"{name} ({type(module).__name__}): {reason}"
     return None
-
-
-def _count_examples(rows: tuple[Tensor, ...], multiplicity: int) -> int:
-    if multiplicity < 1:
-        raise UserError(f"multiplicity must be at least 1, not {multiplicity}")
-    lengths = {len(tensor) for tensor in rows}
-    if len(lengths) != 1:
-        raise UserError(f"rows must be tensors of one common length, not of {sorted(lengths)}")
-    (length,) = lengths
-    if length % multiplicity:
-        raise UserError(
-            f"{length} rows do not divide into multiplicity={multiplicity} draws per example"
-        )
-    return length // multiplicity

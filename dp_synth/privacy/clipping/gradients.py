@@ -1,9 +1,9 @@
 """Per-example gradients side by side: their norms, and their clipped sum.
 
-The arithmetic of the mechanism is here and nowhere else. For examples i = 0..b-1 with gradients g_i
+The engine's clipping is here, and its factors serve every engine. For examples i = 0..b-1 with gradients g_i
 (each already the mean over the K draws of its example) the clipped sum is
 
-    sum_i c_i g_i,    c_i = min(1, max_grad_norm / ||g_i||),
+    sum_i c_i g_i,    c_i = min(1, max_grad_norm / ||g_i||)    (or automatic, see `clip_factors`),
 
 so that no example moves the sum by more than `max_grad_norm` in L2 norm. With the gradients as rows
 of a matrix G [b, P], that is one pass for the norms and one matrix-vector product, G^T c. Parameters
@@ -25,8 +25,13 @@ CLIPPINGS: tuple[Clipping, ...] = ("flat", "automatic")
 # The stability constant of automatic clipping, as its authors set it.
 _AUTOMATIC_GAMMA = 0.01
 # Factors are smaller than they need be by this much, so that the rounding of a float32 factor,
-# norm or product does not carry a contribution over the bound: 4.8e-7, or 2.3e-13 in float64.
-_MARGIN = {torch.float32: 2.0**-21, torch.float64: 2.0**-42}
+# norm, product or sum does not carry a contribution over the bound.
+_MARGIN = {
+    torch.float64: 2.0**-42,
+    torch.float32: 2.0**-21,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
 
 
 def clip_factors(
@@ -34,31 +39,36 @@ def clip_factors(
 ) -> Tensor:
     """Return the factor c_i by which each example's gradient enters the sum, float64 [b].
 
-    c_i ||g_i|| never exceeds `max_grad_norm`. An example whose norm is not finite gets zero:
-    otherwise one broken image would turn the whole sum into NaN, and its presence would show.
+    c_i ||g_i|| never exceeds `max_grad_norm`. An example whose norm is not finite, or more than
+    1e38 times the bound, gets zero: otherwise one broken image would turn the whole sum into NaN,
+    and its presence would show.
 
     Args:
         norms: ||g_i||, float64 [b], each >= 0 or not finite.
         max_grad_norm: the bound C, > 0.
         clipping: "flat" is min(1, C / ||g_i||); "automatic" is C / (||g_i|| + 0.01), which brings
-            every gradient to about the bound (Bu et al. 2022, arXiv 2206.07136, AUTO-S).
-        dtype: of the sum, float32 or float64: a clipped gradient is held below the bound by the
-            rounding of that type (relative 4.8e-7 or 2.3e-13).
+            every gradient well above 0.01 to about the bound (Bu et al. 2022, arXiv 2206.07136, AUTO-S).
+        dtype: the coarsest type that a gradient is rounded to; a clipped gradient is held below the
+            bound by the rounding of that type (relative 2.3e-13 in float64, 4.8e-7 in float32).
     """
     bound = max_grad_norm * (1 - _MARGIN[dtype])
     if clipping == "automatic":
         factors = bound / (norms + _AUTOMATIC_GAMMA)
     else:
         factors = torch.where(norms <= bound, 1.0, bound / norms)
-    return factors.where(norms.isfinite(), 0.0)
+    # A factor that single precision holds with few digits would be rounded by more than the margin.
+    is_normal = factors >= torch.finfo(torch.float32).tiny
+    return factors.where(norms.isfinite() & is_normal, 0.0)
 
 
 class FlatLayout:
     """Where each trainable parameter lies in a flat vector.
 
     Stored parameters come first, `stored_size` entries of a whole number of norm segments; then
-    those that are book-kept; `size` entries in all. `largest_stored` is that of one parameter. The type is float64 if any parameter is
+    those that are book-kept; `size` entries in all. `largest` is the
+    number of entries of the largest parameter. The type is float64 if any parameter is
     float64, else float32: half precision gradients are summed in float32.
+    `coarsest` is the parameters' type with the fewest digits.
     """
 
     def __init__(
@@ -68,13 +78,16 @@ class FlatLayout:
         kept = {id(param) for param in book_kept}
         stored = [param for param in self.params if id(param) not in kept]
         self._offset: dict[int, int] = {}
-        self.largest_stored = max((param.numel() for param in stored), default=0)
+        self.largest = max(param.numel() for param in self.params)
         end = self._place(stored, 0)
         self.stored_size = -(-end // SEGMENT) * SEGMENT
         end = self._place([param for param in self.params if id(param) in kept], self.stored_size)
         self.size = -(-end // SEGMENT) * SEGMENT
         double = any(param.dtype == torch.float64 for param in self.params)
         self.dtype = torch.float64 if double else torch.float32
+        self.coarsest = max(
+            (param.dtype for param in self.params), key=lambda dtype: torch.finfo(dtype).eps
+        )
         self.device = self.params[0].device
 
     def _place(self, params: Sequence[nn.Parameter], start: int) -> int:
@@ -175,14 +188,16 @@ class ExampleGradients:
         with torch.autocast(total.device.type, enabled=False):
             self._clear_unwritten()
             norms = self.norms()
-            factors = clip_factors(norms, max_grad_norm, clipping, self._layout.dtype)
-            left_out = factors == 0
-            if left_out.any():
-                self._leave_out(left_out)
+            factors = clip_factors(norms, max_grad_norm, clipping, self._layout.coarsest)
+            some_left_out = bool((factors == 0).any())
+            if some_left_out:
+                self._matrix[factors == 0] = 0.0  # a factor of zero would not do: 0 * NaN is NaN
             columns = self._matrix.shape[1]
             total[:columns].addmv_(self._matrix.t(), factors.to(self._matrix.dtype))
             for param, contribution in self._held.items():
-                self._layout.view(total, param).add_(contribution.weighted_sum(factors))
+                self._layout.view(total, param).add_(
+                    contribution.weighted_sum(factors, some_left_out)
+                )
 
     def norms(self) -> Tensor:
         """Return the L2 norms ||g_i|| in float64, [b]."""
@@ -190,14 +205,6 @@ class ExampleGradients:
         for contribution in self._held.values():
             squares = squares + contribution.squared_norms()
         return squares.sqrt()
-
-    def _leave_out(self, examples: Tensor) -> None:
-        """Make gradients zero where `examples` [b] is true; 0 * NaN would be NaN in a sum."""
-        self._matrix[examples] = 0.0
-        for param, contribution in self._held.items():
-            grads = contribution.dense().to(self._layout.dtype, copy=True)
-            grads[examples] = 0.0
-            self._held[param] = Dense(grads)
 
     def _clear_unwritten(self) -> None:
         for param in self._layout.params:

@@ -83,7 +83,9 @@ def default_budget(use: MemoryUse, device: torch.device) -> float:
     """Return the bytes that a backward may take on `device` where the user names none."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free * _GPU_SHARE
+        # What torch holds and does not use is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + unused) * _GPU_SHARE
     return use.fixed + _CPU_BYTES
 
 

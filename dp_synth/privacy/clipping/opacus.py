@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dp_synth.checks import count, one_of, positive
 from dp_synth.errors import UserError
 from dp_synth.privacy.clipping.gradients import CLIPPINGS, Clipping, clip_factors
-from dp_synth.privacy.clipping.loop import RowLoss, row_losses
+from dp_synth.privacy.clipping.loss import RowLoss, count_examples, row_losses
 from dp_synth.privacy.clipping.network import (
     layers_with_trainable,
     refuse_batch_statistics,
@@ -92,20 +92,19 @@ class OpacusEngine:
                 f"Opacus has no augmentation multiplicity and cannot do {multiplicity} draws per"
                 " example: privacy.multiplicity=1 or privacy.engine=auto would work"
             )
-        lengths = {len(tensor) for tensor in rows}
-        if len(lengths) != 1:
-            raise UserError(f"rows must be tensors of one common length, not of {sorted(lengths)}")
-        (examples,) = lengths
+        examples = count_examples(rows, multiplicity)
         params = _trainable(self.net)
-        step = self.micro_batch_size or _examples_at_once(list(params.values()))
+        at_once = self.micro_batch_size or _examples_at_once(list(params.values()))
         double = any(param.dtype == torch.float64 for param in params.values())
         dtype = torch.float64 if double else torch.float32
         total = {name: torch.zeros_like(param, dtype=dtype) for name, param in params.items()}
         with torch.enable_grad(), _opacus_attached(self.net):
-            for start in range(0, examples, step):
-                chunk = [tensor.detach()[start : start + step] for tensor in rows]
+            for start in range(0, examples, at_once):
+                chunk = [tensor.detach()[start : start + at_once] for tensor in rows]
                 gradients = _example_gradients(params, loss, chunk)
-                self._add_clipped(gradients, total)
+                # Autocast would round what the norms have been taken of.
+                with torch.autocast(chunk[0].device.type, enabled=False):
+                    self._add_clipped(gradients, total)
         for name, param in params.items():
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
@@ -131,7 +130,7 @@ class OpacusEngine:
         for name, gradient in gradients.items():
             if broken.any():
                 gradient[broken] = 0.0  # a factor of zero would not do: 0 * NaN is NaN
-            total[name] += torch.tensordot(factors, gradient.to(dtype), dims=1)
+            total[name] += torch.mv(gradient.to(dtype).flatten(1).t(), factors).view_as(total[name])
 
 
 def _example_gradients(

@@ -100,8 +100,8 @@ class Rule(Protocol):
     """How one call of one layer type is computed and differentiated.
 
     F is the cost of the forward; an ordinary backward costs 2 F, one for the input's gradient and
-    one for the weight's. So does a rule's: the weight's gradient is computed once, only not added
-    up over examples.
+    one for the weight's. So does a rule's, but for what `book_keeping` and layer norms add: the
+    weight's gradient is computed once, only not added up over examples.
     """
 
     def forward(self, x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from dp_synth.privacy.clipping.contributions import Contribution, squared_norms
 from dp_synth.privacy.clipping.recording import Call, Ways
 
 _REPEATS = 2
+_SIZES = 5
 # Another way than the default must be this much faster: below, it is noise.
 _GAIN = 0.9
 
@@ -32,9 +36,11 @@ class LayerWays:
 
     def choose(self, call: Call, x: Tensor, ways: Ways, default: str) -> Contribution:
         """Return what the layer's way contributes."""
-        way = self._ways.setdefault(call.name, default)
-        # The first way is always possible; another may not be in this precision.
-        return ways[way if way in ways else next(iter(ways))]()
+        way = self._ways.get(call.name, default)
+        if way not in ways:  # it may not be possible in this precision, or for so many rows
+            way = next(iter(ways))
+        self._ways[call.name] = way
+        return ways[way]()
 
     def take(self, measured: Mapping[str, str]) -> None:
         """Use these ways, by layer name."""
@@ -72,16 +78,34 @@ def _describe(call: Call, x: Tensor) -> str:
 def _fastest(ways: Ways, default: str, memory: Tensor) -> str:
     first = default if default in ways else next(iter(ways))
     seconds = {way: fastest_seconds(partial(_make_and_use, ways[way], memory)) for way in ways}
+    if all(time == math.inf for time in seconds.values()):
+        return first
     best = min(seconds, key=lambda way: seconds[way])
     return best if seconds[best] < _GAIN * seconds[first] else first
 
 
+def fastest_size(largest: int, work: Callable[[int], object]) -> int:
+    """Return which of `largest`, its half, quarter .. makes `work` fastest for its size."""
+    sizes = sorted({max(1, largest >> halvings) for halvings in range(_SIZES)})
+    best, least = sizes[0], math.inf
+    for size in sizes:
+        seconds = fastest_seconds(partial(work, size)) / size
+        if seconds >= least:
+            break  # larger ones are slower still, and take long to try
+        best, least = size, seconds
+    return best
+
+
 def fastest_seconds(work: Callable[[], object]) -> float:
-    """Return the least seconds of a few calls, after one that warms up."""
+    """Return the least seconds of a few calls, after one that warms up; infinity if memory ends."""
     times = []
     for _ in range(1 + _REPEATS):
         begin = time.perf_counter()
-        work()
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return math.inf
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
@@ -93,7 +117,7 @@ def _make_and_use(make: Callable[[], Contribution], memory: Tensor) -> None:
     contribution = make()
     if isinstance(contribution, BookKept):
         squares = contribution.squared_norms()
-        contribution.weighted_sum(torch.ones_like(squares))
+        contribution.weighted_sum(torch.ones_like(squares), some_left_out=False)
     else:
         contribution.write(memory, first=True)
         flat = memory.flatten(1)
@@ -112,7 +136,8 @@ class TimingsCache:
             apart.
 
     Attributes:
-        known: what was timed -> what was fastest; to be added to.
+        ways: layer shape -> way; to be added to.
+        sizes: network and rows -> examples at once; to be added to.
     """
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
@@ -122,27 +147,39 @@ class TimingsCache:
         else:
             kind = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
         self._machine = f"{kind}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-        self.known = {str(what): str(it) for what, it in self._read_machine().items()}
+        ways, sizes = self._read("ways"), self._read("sizes")
+        self.ways = {key: way for key, way in ways.items() if isinstance(way, str)}
+        self.sizes = {key: n for key, n in sizes.items() if isinstance(n, int) and n >= 1}
 
     def save(self) -> None:
         """Add what is known to what the file holds by now."""
         if self._path is None:
             return
-        known = {**self._read_machine(), **self.known}
-        content = {**self._read(), self._machine: known}
+        known = {
+            "ways": {**self._read("ways"), **self.ways},
+            "sizes": {**self._read("sizes"), **self.sizes},
+        }
+        content = json.dumps({**self._content(), self._machine: known}, indent=1, sort_keys=True)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+            write_atomically(self._path, content + "\n")
 
-    def _read_machine(self) -> dict[str, str]:
-        return self._read().get(self._machine, {})
+    def _read(self, part: str) -> dict[str, Any]:
+        machine = self._content().get(self._machine)
+        found = machine.get(part) if isinstance(machine, dict) else None
+        return found if isinstance(found, dict) else {}
 
-    def _read(self) -> dict[str, dict[str, str]]:
+    def _content(self) -> dict[str, Any]:
         if self._path is None:
             return {}
         try:
             content = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        sound = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
-        return content if sound else {}
+        return content if isinstance(content, dict) else {}
+
+
+def timings_file() -> Path:
+    """Where timings are kept between runs: in ``$DP_SYNTH_CACHE`` or ``~/.cache/dp_synth``."""
+    folder = os.environ.get("DP_SYNTH_CACHE") or os.path.join("~", ".cache", "dp_synth")
+    return Path(os.path.expanduser(folder)) / "clipping_timings.json"

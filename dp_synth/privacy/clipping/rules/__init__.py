@@ -14,7 +14,7 @@ from dp_synth.privacy.clipping.rules.embedding import recorded_embedding
 from dp_synth.privacy.clipping.rules.linear import recorded_linear
 from dp_synth.privacy.clipping.rules.normalization import recorded_group_norm, recorded_layer_norm
 
-RULES: dict[type[nn.Module], Callable[[Any, Call, Tensor], Tensor]] = {
+RECORDED: dict[type[nn.Module], Callable[[Any, Call, Tensor], Tensor]] = {
     nn.Linear: recorded_linear,
     nn.Conv1d: recorded_convolution,
     nn.Conv2d: recorded_convolution,
@@ -34,7 +34,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     The type must match exactly: a subclass may compute anything.
     """
     own = {name for name, param in module.named_parameters(recurse=False) if param.requires_grad}
-    if type(module) not in RULES or not own <= {"weight", "bias"}:
+    if type(module) not in RECORDED or not own <= {"weight", "bias"}:
         return "no rule for this layer type"
     if "forward" in vars(module):
         return "its forward has been replaced"
@@ -50,7 +50,7 @@ def recorded_forward(name: str, module: nn.Module, recording: Recording) -> Call
     `UnsupportedInput`. An input whose leading dimension is another thing of by chance the same
     length cannot be told: the self-check, which runs with another number of rows, finds it.
     """
-    rule = RULES[type(module)]
+    record = RECORDED[type(module)]
     call = Call(name, module, recording)
 
     # `input` is torch's own name: callers may pass it by keyword.
@@ -60,7 +60,7 @@ def recorded_forward(name: str, module: nn.Module, recording: Recording) -> Call
         if input.dim() == 0 or len(input) != recording.rows:
             raise UnsupportedInput(f"{name}: its input's leading dimension is not the rows")
         try:
-            return rule(module, call, input)
+            return record(module, call, input)
         except UnsupportedInput as error:
             raise UnsupportedInput(f"{name}: {error}") from None
 

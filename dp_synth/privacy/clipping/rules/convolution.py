@@ -100,18 +100,18 @@ def weight_ways(
 ) -> Ways:
     """The ways to the weight's gradients [b, *weight.shape] from x [R, Ci, *] and dy [R, Co, *].
 
-    Each costs F, the ordinary weight gradient's. Grouped convolutions are good for long sums;
-    windows for short ones (low resolution, few draws); one by one for very long sums or where a
+    All but book-keeping cost F, the ordinary weight gradient's. Grouped convolutions are good for long sums;
+    windows for short ones (low resolution, few draws); example-wise for very long sums or where a
     device has no good grouped kernel; book-keeping for wide layers at low resolution.
     """
     ways: Ways = {
         "grouped": lambda: Dense(grouped_weight_grads(x, dy, weight, conv, multiplicity)),
-        "one by one": lambda: _one_by_one(x, dy, weight, conv, multiplicity),
+        "example-wise": lambda: _one_by_one(x, dy, weight, conv, multiplicity),
     }
     if conv.has_windows:
         ways["windows"] = lambda: _windowed(x, dy, weight, conv, multiplicity)
         pixels = max(x[0, 0].numel(), dy[0, 0].numel())
-        if book_keeping.is_possible(x, rows=multiplicity * pixels):
+        if book_keeping.is_possible(x, weight, rows=multiplicity * pixels):
             ways["book-keeping"] = lambda: _book_kept(x, dy, weight, conv, multiplicity)
     return ways
 
@@ -175,13 +175,12 @@ def _book_kept(
         dy.dtype,
     )
 
-    def weighted_sum(factors: Tensor) -> Tensor:
-        scaled = book_keeping.scale_rows(dy, factors)
-        full = book_keeping.full_precision(x)
-        return conv.weight_grad(full, scaled, weight.to(full.dtype), conv.groups)
-
     return BookKept(
-        norms, lambda: grouped_weight_grads(x, dy, weight, conv, multiplicity), weighted_sum
+        x,
+        dy,
+        norms,
+        dense=lambda: grouped_weight_grads(x, dy, weight, conv, multiplicity),
+        weight_grad=lambda x, dy: conv.weight_grad(x, dy, weight.to(x.dtype), conv.groups),
     )
 
 

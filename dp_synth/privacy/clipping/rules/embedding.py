@@ -40,7 +40,7 @@ def weight_ways(
     ways: Ways = {
         "tables": lambda: Dense(table_grads(index, dy, weight, padding_idx, multiplicity))
     }
-    if book_keeping.is_possible(dy, rows=multiplicity * index.shape[1:].numel()):
+    if book_keeping.is_possible(dy, weight, rows=multiplicity * index.shape[1:].numel()):
         ways["book-keeping"] = lambda: _book_kept(index, dy, weight, padding_idx, multiplicity)
     return ways
 
@@ -72,15 +72,18 @@ def _book_kept(
         equal.double(), book_keeping.inner_products(by_example(dy, multiplicity)), dy.dtype
     )
 
-    def weighted_sum(factors: Tensor) -> Tensor:
-        scaled = book_keeping.scale_rows(dy, factors)
+    def weight_grad(index: Tensor, dy: Tensor) -> Tensor:
         skipped = -1 if padding_idx is None else padding_idx
         return torch.ops.aten.embedding_dense_backward(
-            scaled, index, len(weight), skipped, scale_grad_by_freq=False
+            dy, index, len(weight), skipped, scale_grad_by_freq=False
         )
 
     return BookKept(
-        norms, lambda: table_grads(index, dy, weight, padding_idx, multiplicity), weighted_sum
+        index,
+        dy,
+        norms,
+        dense=lambda: table_grads(index, dy, weight, padding_idx, multiplicity),
+        weight_grad=weight_grad,
     )
 
 

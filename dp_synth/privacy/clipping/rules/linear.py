@@ -8,6 +8,7 @@ from dp_synth.privacy.clipping.book_keeping import BookKept
 from dp_synth.privacy.clipping.contributions import Product
 from dp_synth.privacy.clipping.recording import (
     Call,
+    UnsupportedInput,
     Ways,
     autocast,
     by_example,
@@ -31,14 +32,14 @@ class Linear:
         if call.wants("weight"):
             rows = call.multiplicity * x.shape[1:-1].numel()
             few = book_keeping.pays_off(rows, *weight.shape)
-            ways = weight_ways(x, dy, call.multiplicity)
+            ways = weight_ways(x, dy, weight, call.multiplicity)
             call.add_weight(x, ways, default="book-keeping" if few else "product")
         if call.wants("bias"):
             call.add("bias", bias_grads(dy, call.multiplicity))
         return dy @ weight if needs_dx else None
 
 
-def weight_ways(x: Tensor, dy: Tensor, multiplicity: int) -> Ways:
+def weight_ways(x: Tensor, dy: Tensor, weight: Tensor, multiplicity: int) -> Ways:
     """The ways to the weight's gradients [b, p, d] from x [R, *, d] and dy [R, *, p].
 
     The product dy^T x of each example has the ordinary gradient's cost, F; with several positions
@@ -47,20 +48,20 @@ def weight_ways(x: Tensor, dy: Tensor, multiplicity: int) -> Ways:
     x_bnd, dy_bnp = by_example(x, multiplicity), by_example(dy, multiplicity)
     product = Product(dy_bnp.transpose(1, 2), x_bnd)
     ways: Ways = {"product": lambda: product}
-    if book_keeping.is_possible(x, rows=x_bnd.shape[1]):
+    if book_keeping.is_possible(x, weight, rows=x_bnd.shape[1]):
         ways["book-keeping"] = lambda: _book_kept(x, dy, x_bnd, dy_bnp, product)
     return ways
 
 
 def _book_kept(x: Tensor, dy: Tensor, x_bnd: Tensor, dy_bnp: Tensor, product: Product) -> BookKept:
-    def weighted_sum(factors: Tensor) -> Tensor:
-        scaled = book_keeping.scale_rows(dy, factors).flatten(0, -2)
-        return scaled.t() @ book_keeping.full_precision(x).flatten(0, -2)
-
     norms = book_keeping.squared_norms(
         book_keeping.inner_products(x_bnd), book_keeping.inner_products(dy_bnp), dy.dtype
     )
-    return BookKept(norms, product.dense, weighted_sum)
+    return BookKept(x, dy, norms, product.dense, _weight_grad)
+
+
+def _weight_grad(x: Tensor, dy: Tensor) -> Tensor:
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def bias_grads(dy: Tensor, multiplicity: int) -> Tensor:
@@ -71,4 +72,6 @@ def bias_grads(dy: Tensor, multiplicity: int) -> Tensor:
 
 def recorded_linear(layer: nn.Linear, call: Call, x: Tensor) -> Tensor:
     """The layer's forward, recorded."""
+    if x.dim() < 2 or 0 in x.shape[1:]:
+        raise UnsupportedInput("a linear layer of an input without features or positions")
     return recorded_call(Linear(), call, *autocast(x, layer.weight, layer.bias))
