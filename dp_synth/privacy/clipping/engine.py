@@ -360,17 +360,21 @@ class ClippingEngine:
     ) -> None:
         """Measure first how many examples to take at once, then the layers' ways for so many."""
         cache = TimingsCache(path, self._layout.device)
+        # What is written out, and so how many examples fit, shows when one is recorded.
+        one = _repeat_examples(split, 1)
         try:
+            self._clipped_sum_recorded(loss, one, 1)
             if self.micro_batch_size is None:
                 self._time_chunks(loss, split, cache, batch_size or sys.maxsize)
             tuner = Tuner(cache.ways)
             chunk = self._chunk(loss, split)
             self._record(loss, _repeat_examples(split, chunk.examples), tuner)
             self._ways.take(tuner.ways)
+            self._forget()
+            self._clipped_sum_recorded(loss, one, 1)
         except UnsupportedInput as error:
             self._fall_back(str(error))
         cache.save()
-        self._forget()
 
     def _time_chunks(
         self, loss: RowLoss, split: Sequence[Tensor], cache: TimingsCache, most: int
