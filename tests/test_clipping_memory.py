@@ -82,7 +82,7 @@ def test_measuring_finds_fixed_and_growing_parts():
 
     use = measure(backward).writing(2048)
     overhead = use.per_example / 2048
-    assert 1 <= overhead < 1.5
+    assert 1 <= overhead < 2
     assert use.fixed == pytest.approx((4096 + 2048) * overhead)
     assert use.per_row == pytest.approx(8192 * overhead)
 
@@ -209,7 +209,7 @@ def peak_mib(case, memory_mib):
         ("activations", 1.0),
         ("gradients", 1.0),
         # A few tensors of many MiB each, which the allocator of a CPU fits in badly.
-        ("gradients of more rows than book-keeping takes", 1.6),
+        ("gradients of more rows than book-keeping takes", 1.4),
     ],
 )
 def test_a_run_stays_within_its_memory(case, allowed):

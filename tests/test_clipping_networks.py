@@ -234,7 +234,7 @@ def test_chunks_do_not_matter(unet_and_expected, mode, micro_batch_size):
 
 
 @pytest.mark.parametrize("mode", ["auto", "loop"])
-@pytest.mark.parametrize("memory_mib", [2, 3, 5, 100])
+@pytest.mark.parametrize("memory_mib", [3, 4, 6, 100])
 def test_memory_budgets_do_not_matter(unet_and_expected, memory_mib, mode):
     """The smallest holds one draw of an example, the largest all rows at once."""
     net, loss, rows, bound, expected = unet_and_expected

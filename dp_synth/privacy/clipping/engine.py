@@ -74,8 +74,8 @@ class ClippingEngine:
             backward, where a trainable parameter's layer has no rule.
         clipping: how a norm becomes a factor; see `gradients.clip_factors`.
         memory_mib: what a backward may take beside the network's weights, in MiB, > 0; an estimate
-            from the tensors of two small ones, with a third on top for kernels and allocator. None
-            is 768 more than what does not grow with the rows on a CPU, and four fifths of what is
+            from the tensors of two small ones, with a half on top for kernels and allocator. None
+            is 896 more than what does not grow with the rows on a CPU, and four fifths of what is
             free on a GPU.
 
     Attributes:

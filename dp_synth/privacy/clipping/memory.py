@@ -16,10 +16,10 @@ from dp_synth.errors import UserError
 MIB = 2**20
 # Where no budget is given. On a CPU still more rows at once are only slower, since allocations
 # beyond 32 MiB come as fresh pages every time; a GPU may want all that it can hold.
-_CPU_BYTES = 768 * MIB
+_CPU_BYTES = 896 * MIB
 _GPU_SHARE = 0.8
 # Kernels' own scratch memory and what an allocator cannot use again, over what tensors take.
-_OVERHEAD = 1.3
+_OVERHEAD = 1.5
 
 
 @dataclass(frozen=True)
