@@ -75,7 +75,7 @@ def pretrained(cfg: DictConfig, images: Images) -> tuple[UNet2DModel, tuple[str,
 
 def _pretrain(cfg: DictConfig, images: Images, directory: Path) -> None:
     plan = PublicPlan(
-        batch_size=cfg.public.batch_size, steps=cfg.public.steps, num_examples=len(images)
+        batch_size=cfg.public.batch_size, steps=cfg.public.steps, num_examples=images.num_units
     )
     net = build_network(cfg, images.shape, len(images.classes))
     module = build_module(cfg, net, plan, lr=cfg.public.lr)

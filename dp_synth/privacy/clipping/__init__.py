@@ -10,11 +10,11 @@ An ordinary backward gives sum_i g_i: it adds up over examples before anyone see
 Why it need not cost more. Say a layer's forward costs F. Its ordinary backward costs 2 F: F for the
 input's gradient, F for the weight's, a product summed over all rows. To sum over the K rows of each
 example apart is the same product, cut differently: F again, so 3 F in all as in ordinary training,
-plus b P numbers written, read for the norms, and read for the weighted sum (P parameters, b examples
-at a time). With K draws of an image each, that traffic is small beside the products. Others pay more:
-hooks, 4 F, since autograd makes the weight's gradient too, to be thrown away; "ghost" norms, 6 F,
-since a second backward follows, and inner products of an example's N = K x positions rows, which
-grow with K where the product does not.
+plus b P numbers written, read for the norms, and read for the weighted sum (P parameters, b
+examples at a time). With K draws of an image each, that traffic is small beside the products.
+Others pay more: hooks, 4 F, since autograd makes the weight's gradient too, to be thrown away;
+"ghost" norms, 6 F, since a second backward follows, and inner products of an example's
+N = K x positions rows, which grow with K where the product does not.
 
 How it is cut. Rows are draw-major, n = k B + i, so that (K B, C, H, W) is, without moving anything,
 (K, B C, H, W): K images with a group of channels per example. A convolution over B times the groups

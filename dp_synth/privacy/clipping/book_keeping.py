@@ -3,7 +3,7 @@
 A layer's weight gradient is g_i = sum_n dy_n x_n^T over the N rows (draws and positions) of example
 i, so that
 
-    ||g_i||^2 = sum_nm <x_n, x_m> <dy_n, dy_m>    and    sum_i c_i g_i = sum_i sum_n (c_i dy_n) x_n^T:
+    ||g_i||^2 = sum_nm <x_n, x_m> <dy_n, dy_m>,    sum_i c_i g_i = sum_i sum_n (c_i dy_n) x_n^T:
 
 the norm from two N x N matrices of inner products (Goodfellow 2015, arXiv 1510.01799), the sum as an
 ordinary weight gradient of scaled rows, whose activations were kept ("book-keeping", Bu et al. 2023,
@@ -12,8 +12,9 @@ memory per example. So it is for wide layers with few rows; with many draws N is
 
 What is added is computed after the norm is known, so both must be exact, or a contribution could
 exceed the bound: inner products are taken in float64, since a gradient may be a small difference of
-large terms, and norms are rounded up by what the sum may be off; scaled rows are float32 at least, since half precision would round them once more. Where
-a device multiplies float32 in TF32, other ways are left.
+large terms, and norms are rounded up by what the sum may be off; scaled rows are float32 at least,
+since half precision would round them once more. Where a device multiplies float32 in TF32, other
+ways are left.
 """
 
 from collections.abc import Callable

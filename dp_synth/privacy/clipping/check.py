@@ -45,8 +45,8 @@ def check_engine(
     unclipped sum and (2) its clipped sum, with `max_grad_norm` at the median norm so that about
     half the examples are clipped, equal brute force, and (3) no example alone contributes more than
     `max_grad_norm`. Equal is up to a relative error of 1e-8 in float64, 1e-3 in float32, 5e-2 under
-    autocast, in half precision, or where the device multiplies float32 in TF32. Weights, buffers, `.grad`, training mode, `max_grad_norm` and the global random
-    state are as they were, also after a failure. Dropout is off while checking. Costs about four
+    autocast, in half precision, or where the device multiplies float32 in TF32. Weights, buffers,
+    `.grad`, training mode, `max_grad_norm`, `clipping` and the global random state are as they were, also after a failure. Dropout is off while checking. Costs about four
     backwards of all rows, one of them in pieces, so a few examples are enough.
 
     Args:

@@ -28,7 +28,7 @@ from dp_synth.privacy.clipping.network import (
     trainable_parameters,
 )
 from dp_synth.privacy.clipping.recording import Chooser, Recording, UnsupportedInput
-from dp_synth.privacy.clipping.rules import recorded_forward, why_unsupported
+from dp_synth.privacy.clipping.rules import recorded_forward, why_unrecorded
 from dp_synth.privacy.clipping.tuning import LayerWays, TimingsCache, Tuner, fastest_size
 
 logger = logging.getLogger("dp_synth")
@@ -55,10 +55,10 @@ class ClippingEngine:
     """Exact sums of clipped per-example gradients for any network, fast for the usual layers.
 
     Guarantee: `accumulate` adds sum_i c_i g_i with g_i = mean_k grad_ik and c_i ||g_i|| at most
-    `max_grad_norm`, so one example moves the sum by at most that (up to rounding of the sum), however the rows are chunked and
-    whichever path is taken. Abadi et al. 2016 (arXiv 1607.00133), algorithm 1, with the
-    augmentation multiplicity of De et al. 2022 (arXiv 2204.13650): draws are averaged, then clipped
-    once.
+    `max_grad_norm`, so one example moves the sum by at most that (up to rounding of the sum),
+    however the rows are chunked and whichever path is taken. Abadi et al. 2016 (arXiv 1607.00133),
+    algorithm 1, with the augmentation multiplicity of De et al. 2022 (arXiv 2204.13650): draws are
+    averaged, then clipped once.
 
     Between calls the network is untouched: same modules, same state_dict keys, same forward.
 
@@ -126,9 +126,7 @@ class ClippingEngine:
         self._matrix: Tensor
         self._knows_written: bool
         self._measured: MemoryUse | None
-        self._budget: float | None = (
-            None  # asked for once: what is free includes no own memory then
-        )
+        self._budget: float | None  # in bytes; asked for once, while the engine holds none
         self._ways = LayerWays()
         self._fastest_examples: dict[int, int] = {}  # by multiplicity
         self._forget()
@@ -259,7 +257,7 @@ class ClippingEngine:
         return total
 
     def _record(self, loss: RowLoss, part: Sequence[Tensor], chooser: Chooser) -> ExampleGradients:
-        """Return each example's gradient of its mean loss, by one backward over tensors [K, b, ...]."""
+        """Return each example's gradient of its mean loss, by one backward over [K, b, ...]."""
         multiplicity, examples = part[0].shape[:2]
         columns = self._layout.stored_size if self._knows_written else 0
         grads = ExampleGradients(self._layout, self._memory(examples, columns))
@@ -315,7 +313,7 @@ class ClippingEngine:
         return use.largest_chunk(self._budget, multiplicity=len(split[0]))
 
     def _memory_use(self, loss: RowLoss, split: Sequence[Tensor]) -> MemoryUse:
-        """Return what backwards of these rows take; measured once, on copies of the first row."""
+        """Return the bytes that backwards of these rows take; measured once, on the first row."""
         if self._measured is None:
             row = [tensor[:1, :1] for tensor in split]
             try:
@@ -414,7 +412,7 @@ class ClippingEngine:
 
     def _choose_path(self) -> None:
         if self.mode == "auto" and self.fallback_reason is None:
-            reason = _why_loop(self.net)
+            reason = why_unrecorded(self.net)
             if reason is not None:
                 self._fall_back(reason)
 
@@ -435,15 +433,3 @@ def _repeat_examples(split: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return tensors [K, count, ...] with the examples of `split` in turn."""
     index = torch.arange(count) % split[0].shape[1]
     return [tensor[:, index.to(tensor.device)] for tensor in split]
-
-
-def _why_loop(net: nn.Module) -> str | None:
-    for name, module in net.named_modules():
-        # Compiled code has read the forwards already, so that swapping them would record nothing.
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            return f"{name or 'the network itself'}: compiled"
-    for name, module in layers_with_trainable(net):
-        reason = why_unsupported(module)
-        if reason is not None:
-            return f"{name} ({type(module).__name__}): {reason}"
-    return None

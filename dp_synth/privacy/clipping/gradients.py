@@ -1,7 +1,7 @@
 """Per-example gradients side by side: their norms, and their clipped sum.
 
-The engine's clipping is here, and its factors serve every engine. For examples i = 0..b-1 with gradients g_i
-(each already the mean over the K draws of its example) the clipped sum is
+The engine's clipping is here, and its factors serve every engine. For examples i = 0..b-1 with
+gradients g_i (each already the mean over the K draws of its example) the clipped sum is
 
     sum_i c_i g_i,    c_i = min(1, max_grad_norm / ||g_i||)    (or automatic, see `clip_factors`),
 
@@ -47,7 +47,8 @@ def clip_factors(
         norms: ||g_i||, float64 [b], each >= 0 or not finite.
         max_grad_norm: the bound C, > 0.
         clipping: "flat" is min(1, C / ||g_i||); "automatic" is C / (||g_i|| + 0.01), which brings
-            every gradient well above 0.01 to about the bound (Bu et al. 2022, arXiv 2206.07136, AUTO-S).
+            every gradient well above 0.01 to about the bound (Bu et al. 2022, arXiv 2206.07136,
+            AUTO-S).
         dtype: the coarsest type that a gradient is rounded to; a clipped gradient is held below the
             bound by the rounding of that type (relative 2.3e-13 in float64, 4.8e-7 in float32).
     """

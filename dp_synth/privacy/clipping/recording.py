@@ -1,4 +1,4 @@
-"""Records per-example gradients on the way back: one autograd Function for every layer that has a rule.
+"""Records per-example gradients on the way back, by one autograd Function for all rules.
 
 Words: a backward handles R = K * b rows, K draws of each of b examples, draw-major: row
 n = k * b + i is draw k of example i.

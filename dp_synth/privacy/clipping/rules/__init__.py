@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dp_synth.privacy.clipping.network import layers_with_trainable
 from dp_synth.privacy.clipping.recording import Call, Recording, UnsupportedInput
 from dp_synth.privacy.clipping.rules.convolution import (
     recorded_convolution,
@@ -40,6 +41,19 @@ def why_unsupported(module: nn.Module) -> str | None:
         return "its forward has been replaced"
     if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
         return "max_norm and scale_grad_by_freq act across rows"
+    return None
+
+
+def why_unrecorded(net: nn.Module) -> str | None:
+    """Return why gradients of this network cannot be recorded, with the layer's name, or None."""
+    for name, module in net.named_modules():
+        # Compiled code has read the forwards already, so that swapping them would record nothing.
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return f"{name or 'the network itself'}: compiled"
+    for name, module in layers_with_trainable(net):
+        reason = why_unsupported(module)
+        if reason is not None:
+            return f"{name} ({type(module).__name__}): {reason}"
     return None
 
 

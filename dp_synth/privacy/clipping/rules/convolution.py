@@ -100,7 +100,8 @@ def weight_ways(
 ) -> Ways:
     """The ways to the weight's gradients [b, *weight.shape] from x [R, Ci, *] and dy [R, Co, *].
 
-    All but book-keeping cost F, the ordinary weight gradient's. Grouped convolutions are good for long sums;
+    All but book-keeping cost F, the ordinary weight gradient's. Grouped convolutions are good for
+    long sums;
     windows for short ones (low resolution, few draws); example-wise for very long sums or where a
     device has no good grouped kernel; book-keeping for wide layers at low resolution.
     """
