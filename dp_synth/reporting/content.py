@@ -28,6 +28,7 @@ _LABELS = {
     "eps_rdp": "eps by Renyi accounting (cross-check)",
     "noise_multiplier": "Noise multiplier",
     "max_grad_norm": "Clipping norm",
+    "clipping": "Clipping rule",
     "sampling": "Batches",
     "sample_rate": "Sampling rate, q",
     "batch_size": "Expected batch size",
