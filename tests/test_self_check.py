@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from clipping_oracle import force
+from clipping_oracle import denoising_loss, force, make_unet
 from torch import nn
 
 from dp_synth.errors import UserError
@@ -94,27 +94,8 @@ def test_honest_engines_pass_under_autocast():
 
 
 def test_a_diffusion_unet_passes_with_one_image_layout_and_another():
-    from diffusers import UNet2DModel  # after dp_synth, which makes its imports work everywhere
-
-    torch.manual_seed(0)
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=11,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    engine = ClippingEngine(net, 1.0)
-
-    def loss(x, noise, t, y):
-        prediction = net(x, t, class_labels=y, return_dict=False)[0]
-        return (prediction - noise).square().flatten(1).mean(1)
-
+    net = make_unet(torch.float32, in_channels=1, out_channels=1)
+    engine, loss = ClippingEngine(net, 1.0), denoising_loss(net)
     x, noise = torch.randn(2, EXAMPLES * DRAWS, 1, 8, 8)
     t, y = torch.arange(EXAMPLES * DRAWS) * 90, torch.arange(EXAMPLES * DRAWS)
     check_engine(engine, loss, (x, noise, t, y), DRAWS)

@@ -109,7 +109,7 @@ def inner_products(rows_bnd: Tensor) -> Tensor:
     return torch.bmm(rows, rows.transpose(1, 2))
 
 
-def squared_norms(x_bnn: Tensor, dy_bnn: Tensor, dtype: torch.dtype) -> Tensor:
+def squared_norms_of_products(x_bnn: Tensor, dy_bnn: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ||g_i||^2, float64 [b], from both matrices of inner products, rounded up.
 
     A sum of products in `dtype` is off by up to about its unit roundoff times sum_n ||x_n||

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dp_synth.checks import count, one_of, positive
+from dp_synth.checks import one_of, positive
 from dp_synth.errors import UserError
 from dp_synth.privacy.clipping.gradients import (
     CLIPPINGS,
@@ -21,12 +21,13 @@ from dp_synth.privacy.clipping.gradients import (
 )
 from dp_synth.privacy.clipping.loop import example_gradient
 from dp_synth.privacy.clipping.loss import RowLoss, count_examples, row_losses
-from dp_synth.privacy.clipping.memory import MIB, Chunk, MemoryUse, default_budget, measure
+from dp_synth.privacy.clipping.memory import MIB, Chunk, MemoryUse, measure
 from dp_synth.privacy.clipping.network import (
     layers_with_trainable,
     refuse_batch_statistics,
     trainable_parameters,
 )
+from dp_synth.privacy.clipping.planning import ChunkPlanner
 from dp_synth.privacy.clipping.recording import Chooser, Recording, UnsupportedInput
 from dp_synth.privacy.clipping.rules import recorded_forward, why_unrecorded
 from dp_synth.privacy.clipping.tuning import LayerWays, TimingsCache, Tuner, fastest_size
@@ -74,9 +75,9 @@ class ClippingEngine:
             backward, where a trainable parameter's layer has no rule.
         clipping: how a norm becomes a factor; see `gradients.clip_factors`.
         memory_mib: what a backward may take beside the network's weights, in MiB, > 0; an estimate
-            from the tensors of two small ones, with a half on top for kernels and allocator. None
-            is 896 more than what does not grow with the rows on a CPU, and four fifths of what is
-            free on a GPU.
+            from the tensors of two small ones, with six tenths on top for kernels and allocator.
+            None is 896 more than what does not grow with the rows on a CPU, and four fifths of what
+            is free on a GPU.
 
     Attributes:
         fallback_reason: why the loop is taken although the mode is "auto", with the layer's name;
@@ -105,19 +106,13 @@ class ClippingEngine:
         memory_mib: float | None = None,
     ) -> None:
         positive("max_grad_norm", max_grad_norm)
-        if micro_batch_size is not None:
-            count("micro_batch_size", micro_batch_size)
-        if memory_mib is not None:
-            positive("memory_mib", memory_mib)
         one_of("mode", mode, ("auto", "loop"))
         one_of("clipping", clipping, CLIPPINGS)
         refuse_batch_statistics(net)
         self.net = net
         self.max_grad_norm = max_grad_norm
-        self.micro_batch_size = micro_batch_size
         self.mode = mode
         self.clipping = clipping
-        self.memory_mib = memory_mib
         self.fallback_reason: str | None = None
         self._removed = False
         self._state: list[tuple[int, object, object]]
@@ -126,9 +121,8 @@ class ClippingEngine:
         self._matrix: Tensor
         self._knows_written: bool
         self._measured: MemoryUse | None
-        self._budget: float | None  # in bytes; asked for once, while the engine holds none
+        self._planner = ChunkPlanner(micro_batch_size, memory_mib)
         self._ways = LayerWays()
-        self._fastest_examples: dict[int, int] = {}  # by multiplicity
         self._forget()
         self._choose_path()
 
@@ -293,24 +287,9 @@ class ClippingEngine:
     def _chunk(self, loss: RowLoss, split: Sequence[Tensor]) -> Chunk:
         """Return what one backward takes of `split`, tensors [K, B, ...]."""
         multiplicity = len(split[0])
-        if self.micro_batch_size is not None:
-            examples = self.micro_batch_size // multiplicity
-            return Chunk(examples, multiplicity) if examples else Chunk(1, self.micro_batch_size)
-        largest = self._largest_chunk(loss, split)
-        examples = self._fastest_examples.get(multiplicity, largest.examples)
-        if self.memory_mib is None and multiplicity not in self._fastest_examples:
-            # Not measured, and far more than is needed to keep a processor busy.
-            examples = max(1, largest.examples // 4)
-        return Chunk(min(examples, largest.examples), largest.draws)
-
-    def _largest_chunk(self, loss: RowLoss, split: Sequence[Tensor]) -> Chunk:
-        use = self._memory_use(loss, split)
-        if self._budget is None:
-            given = self.memory_mib
-            self._budget = (
-                default_budget(use, self._layout.device) if given is None else given * MIB
-            )
-        return use.largest_chunk(self._budget, multiplicity=len(split[0]))
+        if not self._planner.needs_memory_use:
+            return self._planner.rows_chunk(multiplicity)
+        return self._planner.chunk(multiplicity, self._memory_use(loss, split), self._layout.device)
 
     def _memory_use(self, loss: RowLoss, split: Sequence[Tensor]) -> MemoryUse:
         """Return the bytes that backwards of these rows take; measured once, on the first row."""
@@ -362,11 +341,11 @@ class ClippingEngine:
         one = _repeat_examples(split, 1)
         try:
             self._clipped_sum_recorded(loss, one, 1)
-            if self.micro_batch_size is None:
+            if self._planner.needs_memory_use:
                 self._time_chunks(loss, split, cache, batch_size or sys.maxsize)
             tuner = Tuner(cache.ways)
-            chunk = self._chunk(loss, split)
-            self._record(loss, _repeat_examples(split, chunk.examples), tuner)
+            examples = self._planner.timed_examples(self._chunk(loss, split))
+            self._record(loss, _repeat_examples(split, examples), tuner)
             self._ways.take(tuner.ways)
             self._forget()
             self._clipped_sum_recorded(loss, one, 1)
@@ -379,7 +358,9 @@ class ClippingEngine:
     ) -> None:
         """Find the number of examples, a sixteenth to all of what fits, that is fastest."""
         multiplicity = len(split[0])
-        largest = min(most, self._largest_chunk(loss, split).examples)
+        use = self._memory_use(loss, split)
+        fits = self._planner.largest_chunk(multiplicity, use, self._layout.device)
+        largest = min(most, fits.examples)
         key = (
             f"{type(self.net).__name__} of {self._layout.size} trained, {split[0].dtype} autocast"
             f" {torch.is_autocast_enabled(self._layout.device.type)}, {self._measured},"
@@ -390,7 +371,7 @@ class ClippingEngine:
                 largest,
                 lambda size: self._clipped_sum_recorded(loss, _repeat_examples(split, size), size),
             )
-        self._fastest_examples[multiplicity] = cache.sizes[key]
+        self._planner.fastest[multiplicity] = cache.sizes[key]
 
     def _forget(self) -> None:
         """Start afresh with the network as it is now."""
@@ -400,13 +381,13 @@ class ClippingEngine:
         self._matrix = self._layout.zeros(0, 0)
         self._knows_written = False
         self._measured = None
-        self._budget = None
+        self._planner.forget_budget()
 
     def _follow_network(self) -> None:
         """Notice what was frozen, freed, moved, replaced or compiled since the last call."""
         if _state_of(self.net) != self._state:
             self._forget()
-            self._fastest_examples.clear()
+            self._planner.fastest.clear()
             self.fallback_reason = None
         self._choose_path()
 

@@ -19,7 +19,7 @@ MIB = 2**20
 _CPU_BYTES = 896 * MIB
 _GPU_SHARE = 0.8
 # Kernels' own scratch memory and what an allocator cannot use again, over what tensors take.
-_OVERHEAD = 1.5
+_OVERHEAD = 1.6
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _REPEATS = 2
 _SIZES = 5
 # Another way than the default must be this much faster: below, it is noise.
 _GAIN = 0.9
+_WORTH_DOUBLING = 0.95
 
 
 class LayerWays:
@@ -85,12 +86,15 @@ def _fastest(ways: Ways, default: str, memory: Tensor) -> str:
 
 
 def fastest_size(largest: int, work: Callable[[int], object]) -> int:
-    """Return which of `largest`, its half, quarter .. makes `work` fastest for its size."""
+    """Return which of `largest`, its half, quarter .. makes `work` fast for its size.
+
+    Twice the size takes twice the memory, and must gain a twentieth for it.
+    """
     sizes = sorted({max(1, largest >> halvings) for halvings in range(_SIZES)})
     best, least = sizes[0], math.inf
     for size in sizes:
         seconds = fastest_seconds(partial(work, size)) / size
-        if seconds >= least:
+        if seconds >= _WORTH_DOUBLING * least:
             break  # larger ones are slower still, and take long to try
         best, least = size, seconds
     return best

@@ -170,7 +170,7 @@ def _windowed(
 def _book_kept(
     x: Tensor, dy: Tensor, weight: Tensor, conv: Convolution, multiplicity: int
 ) -> BookKept:
-    norms = book_keeping.squared_norms(
+    norms = book_keeping.squared_norms_of_products(
         window_inner_products(x, weight, dy.shape[2:], conv, multiplicity),
         book_keeping.inner_products(_positions(dy, multiplicity)),
         dy.dtype,

@@ -68,7 +68,7 @@ def _book_kept(
     equal = index_bn.unsqueeze(2) == index_bn.unsqueeze(1)
     if padding_idx is not None:
         equal &= (index_bn != padding_idx).unsqueeze(2)
-    norms = book_keeping.squared_norms(
+    norms = book_keeping.squared_norms_of_products(
         equal.double(), book_keeping.inner_products(by_example(dy, multiplicity)), dy.dtype
     )
 

@@ -54,7 +54,7 @@ def weight_ways(x: Tensor, dy: Tensor, weight: Tensor, multiplicity: int) -> Way
 
 
 def _book_kept(x: Tensor, dy: Tensor, x_bnd: Tensor, dy_bnp: Tensor, product: Product) -> BookKept:
-    norms = book_keeping.squared_norms(
+    norms = book_keeping.squared_norms_of_products(
         book_keeping.inner_products(x_bnd), book_keeping.inner_products(dy_bnp), dy.dtype
     )
     return BookKept(x, dy, norms, product.dense, _weight_grad)
