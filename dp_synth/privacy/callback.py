@@ -1,5 +1,6 @@
 """Makes a Lightning run private: the one file that knows both Lightning and Opacus."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,7 @@ class PrivacyEngineCallback(Callback):
 
     def _prepare(self, engine: Engine, pl_module: DiffusionModule) -> None:
         """Find the engine's fastest ways, and compare it with brute force, on random images."""
+        print("timing and checking the clipping engine on random images ...", file=sys.stderr)
         rows = _random_rows(pl_module)
         loss = pl_module.diffusion.row_loss(pl_module.net)
         # Measured times differ from run to run, and with them the last digits of a sum.
