@@ -23,7 +23,7 @@ train: setup  ## run the main job on the embedded data: a private synthetic data
 	$(BIN)/python -m dp_synth.train
 
 test: setup lint types  ## lint, type check, run all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -40,5 +40,5 @@ bench: setup  ## time and memory of the clipping engine against its rivals: take
 clean:  ## remove the environment and what tools left; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
-clean-cache:  ## remove cached public models
+clean-cache:  ## remove cached public models, decoded private images, downloads
 	rm -rf "$${DP_SYNTH_CACHE:-$$HOME/.cache/dp_synth}"

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dp_synth.checks import count, fraction, positive, whole
+from dp_synth.checks import count, flag, fraction, positive, whole
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
@@ -16,10 +16,17 @@ from dp_synth.module import DiffusionModule
 from dp_synth.networks import Trainable, choose_trainable
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
+_FLAGS = (
+    "dataset.flip",
+    "dataset.verify",  # where there is something to verify
+    "dataset.download",
+    "trainer.activation_checkpointing",
+)
+
 
 def is_on(group: DictConfig) -> bool:
     """Whether a config group names something to do (its ``none`` option does not)."""
-    return "_target_" in group or "load" in group
+    return any(key in group for key in ("_target_", "load", "checkpoint"))
 
 
 def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
@@ -29,11 +36,15 @@ def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
         UserError: naming the key of what cannot be built.
     """
     whole("seed", cfg.seed)
+    for key in _FLAGS:
+        flag(key, OmegaConf.select(cfg, key, default=False))
     positive("model.lr", cfg.model.lr)
     fraction("model.ema_decay", cfg.model.ema_decay)
     fraction("model.label_dropout", cfg.model.label_dropout)
     count("trainer.checkpoint_every", cfg.trainer.checkpoint_every)
-    if is_on(cfg.public):
+    if "checkpoint" in cfg.public:
+        instantiate(cfg.public.checkpoint).refuse_other_process(build_diffusion(cfg))
+    elif is_on(cfg.public):
         positive("public.lr", cfg.public.lr)
         count("public.steps", cfg.public.steps)
         count("public.batch_size", cfg.public.batch_size)
@@ -99,10 +110,10 @@ def load_images(cfg: DictConfig, split: str) -> Images:
     """
     images: Images = instantiate(cfg.dataset.load, split=split)
     counted = "examples" if images.units is None else "units (dataset.unit)"
-    if split == "train" and images.num_units != cfg.dataset.num_examples:
+    if split == "train" and images.num_examples != cfg.dataset.num_examples:
         raise UserError(
             f"dataset.num_examples={cfg.dataset.num_examples}, but the training split has "
-            f"{images.num_units} {counted}; declare dataset.num_examples={images.num_units}."
+            f"{images.num_examples} {counted}; declare dataset.num_examples={images.num_examples}."
         )
     declared = (*cfg.dataset.image_shape, cfg.dataset.num_classes)
     found = (*images.shape, len(images.classes))

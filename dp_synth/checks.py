@@ -47,6 +47,12 @@ def count(key: str, value: Any) -> int:
     return int(value)
 
 
+def flag(key: str, value: Any) -> None:
+    """UserError unless the value is true or false: any other text would count as true."""
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value!r} must be true or false.")
+
+
 def one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
     """UserError unless the value is among the choices."""
     if value not in choices:

@@ -140,8 +140,8 @@ def _sentence(error: BaseException, config_name: str) -> str:
         return f"{group}={option} is not an option; these are: {options}."
     if isinstance(error, OverrideParseException):
         return f"The argument {error.override!r} is not of the form key=value."
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is required: give {error.full_key}=..."
+    if key := _missing_key(error):
+        return f"{key} is required: give {key}=..."
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
     if argument := _unknown_argument(error):
@@ -150,6 +150,14 @@ def _sentence(error: BaseException, config_name: str) -> str:
     if str(error).startswith("Could not override") and unknown:
         return f"{unknown} is not a key of the configuration; {_suggestion(unknown, config_name)}"
     return " ".join(str(error).split())
+
+
+def _missing_key(error: BaseException) -> str | None:
+    """The key that a config wants the user to give, also where another one quotes it."""
+    quoted = re.search(r"Missing mandatory value: ([\w.]+)", str(error))
+    if quoted and "interpolation" in str(error):
+        return quoted[1]
+    return error.full_key if isinstance(error, MissingMandatoryValue) else None
 
 
 def _unknown_argument(error: BaseException) -> str | None:

@@ -1,5 +1,8 @@
 """What a run needs of this machine: measured on random images, then multiplied out."""
 
+import io
+import math
+import os
 import resource
 import statistics
 import sys
@@ -10,8 +13,10 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 
 from dp_synth.building import build_module, build_network, is_on
+from dp_synth.data.decoding import decode
 from dp_synth.data.module import Batch
 from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule, GradientEngine, MeanGradient
@@ -23,6 +28,7 @@ from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 _REPEATS = 3
 _DEFAULT_ROWS = 256  # measured at once where trainer.micro_batch_size is null
+_DECODED_SIDE = 96  # pixels: a patch of Camelyon17
 
 
 def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, Any]:
@@ -63,6 +69,28 @@ def measure_costs(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> dict[str, 
         "hours_sampling": _hours_of_sampling(cfg, module),
         "memory_mib": _peak_memory_mib(device),
         "backward": backward,
+    }
+
+
+def measure_decoding(cfg: DictConfig, num_files: int) -> dict[str, float]:
+    """Disk and time of decoding a data set of image files, as if they were small PNGs.
+
+    Args:
+        cfg: the config of a run whose data set is decoded into a cache.
+        num_files: how many files it has.
+
+    Returns:
+        ``cache_mib`` and ``hours_decoding``, on all cores.
+    """
+    channels, resolution, _ = cfg.dataset.image_shape
+    file = io.BytesIO()
+    noise = torch.randint(0, 256, (_DECODED_SIDE, _DECODED_SIDE, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(file, "PNG")
+    data = file.getvalue()
+    seconds = _seconds(lambda: decode(data, "random pixels", resolution, channels))
+    return {
+        "cache_mib": num_files * math.prod(cfg.dataset.image_shape) / 2**20,
+        "hours_decoding": num_files * seconds / (os.cpu_count() or 1) / 3600,
     }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.building import is_on, load_images
 from dp_synth.checks import whole
@@ -18,8 +18,10 @@ from dp_synth.summary import print_metrics
 def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict[str, float]:
     """Measure synthetic data against the private data set and the baselines.
 
-    Lists the look at private images in the statement: it is not covered by eps. The metrics of the
-    run's own ``samples/`` go to ``metrics.json`` and ``metrics_meta.json``.
+    Lists the look at private images in the statement, with the splits that it read: it is not
+    covered by eps. Where ``dataset.other_tests`` names further splits, synthetic data are tested on
+    them too. The metrics of the run's own ``samples/`` go to ``metrics.json`` and
+    ``metrics_meta.json``.
 
     Args:
         run: a finished run; its config says which data set is private and which is public.
@@ -31,11 +33,13 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
     """
     own = run.config()
     samples = samples or run.samples_dir
+    other_tests = list(OmegaConf.select(own, "dataset.other_tests", default=[]))
     # Before the look itself: a crash in the middle has looked, too.
     run.record_look(
         "Evaluation compared synthetic data with private images, without noise.",
         samples=samples.name,
         evaluator=cfg.evaluator._target_,
+        splits=["train", "test", *other_tests],
     )
     metrics, meta = instantiate(cfg.evaluator)(
         synthetic=read_image_folder(samples),
@@ -44,7 +48,8 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         ),
         real_train=load_images(own, split="train"),
         real_test=load_images(own, split="test"),
-        public=load_public(own) if is_on(own.public) else None,
+        other_tests={split: load_images(own, split) for split in other_tests},
+        public=load_public(own),
         seed=cfg.seed,
     )
     if samples.resolve() == run.samples_dir.resolve():

@@ -17,7 +17,7 @@ from dp_synth.checks import count, one_of, positive
 from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
 from dp_synth.errors import UserError
-from dp_synth.module import DiffusionModule
+from dp_synth.module import DiffusionModule, MeanGradient
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 # Those whose clipped sums are added in float32; in half precision a sum over a batch would round by
@@ -115,13 +115,14 @@ def fit(
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
         ValueError: the plan is for another number of examples.
     """
-    if images.num_units != plan.num_examples:
+    if images.num_examples != plan.num_examples:
         counted = "examples" if images.units is None else "units (dataset.unit)"
         raise ValueError(
-            f"the plan is for num_examples={plan.num_examples}, not {images.num_units} {counted}"
+            f"the plan is for num_examples={plan.num_examples}, not {images.num_examples} {counted}"
         )
     if trainer_cfg.activation_checkpointing:
         module.net.enable_gradient_checkpointing()
+    module.engine = MeanGradient(trainer_cfg.micro_batch_size)  # a private plan brings another
     callbacks = [
         *plan.callbacks(caption, trainer_cfg.micro_batch_size, trainer_cfg.memory_mib),
         GracefulInterrupt(),

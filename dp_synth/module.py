@@ -17,6 +17,8 @@ from dp_synth.privacy.units import spread
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
+_MICRO_BATCH_SIZE = 512
+
 
 class GradientEngine(Protocol):
     """Turns a batch into a gradient; the clipping engine is the private one."""
@@ -26,16 +28,24 @@ class GradientEngine(Protocol):
 
 
 class MeanGradient:
-    """The engine of public training: the plain gradient of the mean loss."""
+    """The engine of public training: the plain gradient of the mean loss.
 
-    def __init__(self) -> None:
+    Args:
+        micro_batch_size: rows of one backward, at most; None is enough to keep a processor busy.
+    """
+
+    def __init__(self, micro_batch_size: int | None = None) -> None:
+        self.micro_batch_size = micro_batch_size or _MICRO_BATCH_SIZE
         self.loss = float("nan")
 
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int) -> None:
         """Add the gradient of the mean row loss, and remember that loss: it is public."""
-        value = loss(*rows).mean()
-        value.backward()
-        self.loss = value.item()
+        count = len(rows[0])
+        self.loss = 0.0
+        for part in zip(*(tensor.split(self.micro_batch_size) for tensor in rows), strict=True):
+            value = loss(*part).sum() / count
+            value.backward()
+            self.loss += value.item()
 
 
 class DiffusionModule(lightning.LightningModule):

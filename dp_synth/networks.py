@@ -1,6 +1,6 @@
 """Builds the class-conditional diffusers U-Net, carries public weights over, chooses what trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,7 @@ def unet(image_shape: tuple[int, int, int], num_classes: int, **architecture: An
     """
     channels, height, width = image_shape
     levels = len(architecture["block_out_channels"])
-    factor = 2 ** (levels - 1)
-    if height % factor or width % factor:
-        raise UserError(
-            f"model.network.block_out_channels has {levels} levels and needs images whose sides "
-            f"are multiples of {factor}; these are {height}x{width}."
-        )
+    refuse_unless_halved("model.network.block_out_channels", levels, height, width)
     return UNet2DModel(
         sample_size=(height, width),
         in_channels=channels,
@@ -46,20 +41,46 @@ def unet(image_shape: tuple[int, int, int], num_classes: int, **architecture: An
     )
 
 
+def refuse_unless_halved(what: str, levels: int, height: int, width: int) -> None:
+    """UserError, naming what has the levels, unless an image can be halved from each to the next."""
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+        raise UserError(
+            f"{what} has {levels} levels and needs images whose sides are multiples of {factor}; "
+            f"these are {height}x{width}."
+        )
+
+
 @torch.no_grad()
 def carry_over(
-    prior: UNet2DModel, prior_classes: Sequence[str], net: UNet2DModel, classes: Sequence[str]
+    prior: UNet2DModel,
+    prior_classes: Sequence[str] | None,
+    net: UNet2DModel,
+    classes: Sequence[str],
 ) -> None:
     """Start a network from public weights.
 
     Everything but the label table is copied. A label's row is kept where a public class has the
-    same name, and so is the row for "no label"; the others stay as the network was initialised.
+    same name. Every other row, "no label" included, starts as what the public model does without a
+    label: its own row for "no label"; the mean of its rows where it names no classes; zero, which
+    changes nothing, where it has no labels.
+
+    Args:
+        prior: the public model. Where it predicts a variance too, in a second half of its output
+            channels, these are left out.
+        prior_classes: its classes in the order of its label table, whose last row then is "no
+            label"; None where they are unknown, or there are no labels.
+        net: changed in place.
+        classes: of ``net``, in the order of its label table.
 
     Raises:
         UserError: the two networks differ in more than their label tables.
     """
     weights = dict(prior.state_dict())
-    table = weights.pop("class_embedding.weight")
+    table = weights.pop("class_embedding.weight", None)
+    if predicts_variance(prior.config):
+        for name in ("conv_out.weight", "conv_out.bias"):
+            weights[name] = weights[name][: net.config.out_channels]
     try:
         missing, unexpected = net.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -71,11 +92,19 @@ def carry_over(
             "The public model does not fit model.network: pre-train it with the same network."
         )
     own_table = net.class_embedding.weight
-    row_of = {name: row for row, name in enumerate(prior_classes)}
+    if table is None:
+        own_table.zero_()
+        return
+    own_table[:] = table.mean(0) if prior_classes is None else table[len(prior_classes)]
+    row_of = {name: row for row, name in enumerate(prior_classes or ())}
     for row, name in enumerate(classes):
         if name in row_of:
             own_table[row] = table[row_of[name]]
-    own_table[len(classes)] = table[len(prior_classes)]
+
+
+def predicts_variance(config: Mapping[str, Any]) -> bool:
+    """Whether a ``UNet2DModel`` of this config predicts mean and variance (Nichol 2021)."""
+    return config["out_channels"] == 2 * config["in_channels"]
 
 
 def choose_trainable(net: nn.Module, trainable: Trainable) -> None:

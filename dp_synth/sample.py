@@ -39,14 +39,15 @@ def sample_public_only(
     cfg: DictConfig,
     net: UNet2DModel,
     sampler: Sampler,
-    public: Images,
+    public: Images | None,
     classes: Sequence[str],
 ) -> None:
     """Draw the eps = 0 baseline: what the model gives before it has seen a private image."""
     if run.public_only_dir.exists():
         return
-    examples = public.select(first_of_each_class(public, _EXAMPLES_PER_CLASS))
-    write_samples(examples, run.public_examples_dir, "Public images, for the report.\n")
+    if public is not None:
+        examples = public.select(first_of_each_class(public, _EXAMPLES_PER_CLASS))
+        write_samples(examples, run.public_examples_dir, "Public images, for the report.\n")
     images = sampler(net, build_diffusion(cfg), tuple(classes), cfg.seed, "sampling, public only")
     write_samples(images, run.public_only_dir, "Samples of the public model alone (eps = 0).\n")
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dp_synth.metrics.names import split_accuracies
 from dp_synth.privacy.wording import eps_at_delta, is_void
 from dp_synth.runs import Run
 
@@ -41,6 +42,9 @@ def shown(path: Path) -> Path:
 def print_metrics(metrics: dict[str, float]) -> None:
     """Downstream accuracy beside its baselines, with 95 % intervals."""
     rows = [(label, key) for label, key in _ROWS if key in metrics]
+    rows += [
+        (f"synthetic data, on {split}", key) for split, key in split_accuracies(metrics).items()
+    ]
     if rows:
         print("Accuracy of a classifier on real test images, trained on")
     for label, key in rows:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from dp_synth.building import build_network, check_config, is_on, load_images
 from dp_synth.cli import command
+from dp_synth.declaration import declare
 from dp_synth.errors import UserError
 from dp_synth.evaluate import evaluate_run
 from dp_synth.finetuning import fine_tune
@@ -37,20 +38,21 @@ def train(cfg: DictConfig, path: str) -> Run:
         UserError: something in the config cannot work; raised before a private image is read.
         Interrupted: training was stopped after a whole step; the run can be continued.
     """
+    declare(cfg)
     plan = instantiate(cfg.privacy).calibrate()
     check_config(cfg, plan)
     sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
-    public = load_public(cfg) if is_on(cfg.public) else None
+    public = load_public(cfg)
 
     run = Run.open(path) if cfg.resume else Run.create(path, cfg)
     with run.locked():
-        prior = pretrained(cfg, public) if public is not None else None
+        prior = pretrained(cfg, public) if is_on(cfg.public) else None
 
         images = load_images(cfg, split="train")
         net = build_network(cfg, images.shape, len(images.classes))
         if prior is not None:
             carry_over(*prior, net, images.classes)
-            if sampler is not None and public is not None:
+            if sampler is not None:
                 sample_public_only(run, cfg, net, sampler, public, images.classes)
 
         fine_tune(run, cfg, plan, net, images)

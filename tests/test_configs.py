@@ -2,12 +2,13 @@
 
 import lightning
 import pytest
-from conftest import compose
+from conftest import compose, tiny_net
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.building import build_diffusion, build_network, is_on
 from dp_synth.cli import conf_dir
+from dp_synth.declaration import declare
 
 OPTIONS = sorted(
     (path.parent.name, path.stem)
@@ -15,6 +16,30 @@ OPTIONS = sorted(
     if path.stem != "dp_sgd"  # the base of eps1, eps5 and eps10: it names no eps
 )
 COMMANDS = ("train", "plan", "sample", "evaluate", "report")
+# What an option asks of the user.
+ASKED = {
+    "dataset=image_folder": (
+        "dataset.name=mine",
+        "dataset.num_examples=1009",
+        "dataset.num_classes=2",
+    ),
+    "public=image_folder": ("public.root=elsewhere",),
+    "public=checkpoint": ("public.path=published", "dataset.image_shape=[1,4,4]"),
+}
+
+
+@pytest.fixture(autouse=True)
+def published(tmp_path, monkeypatch):
+    """A folder to work in that holds a published model."""
+    monkeypatch.chdir(tmp_path)
+    tiny_net().save_pretrained(tmp_path / "published")
+
+
+def declared(*choices):
+    """The config of these options, with what they ask for and what names tell."""
+    cfg = compose(*choices, *(override for choice in choices for override in ASKED.get(choice, ())))
+    declare(cfg)
+    return cfg
 
 
 def targets(node):
@@ -35,7 +60,7 @@ def test_there_are_groups_and_commands():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
 def test_every_option_composes_and_names_what_exists(group, option):
-    cfg = compose(f"{group}={option}")
+    cfg = declared(f"{group}={option}")
     OmegaConf.resolve(cfg)
     assert not OmegaConf.missing_keys(cfg)
     for node in targets(cfg):
@@ -45,7 +70,7 @@ def test_every_option_composes_and_names_what_exists(group, option):
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
 def test_every_option_can_be_built(group, option, tmp_path):
     """All but what reads images, and what needs the hardware."""
-    cfg = compose(f"{group}={option}")
+    cfg = declared(f"{group}={option}")
     shape, classes = tuple(cfg.dataset.image_shape), cfg.dataset.num_classes
     net = build_network(cfg, shape, classes)
     assert net.config.num_class_embeds == classes + 1
@@ -72,7 +97,7 @@ def test_every_option_can_be_built(group, option, tmp_path):
 @pytest.mark.parametrize("experiment", [o for g, o in OPTIONS if g == "experiment"])
 @pytest.mark.parametrize("privacy", [o for g, o in OPTIONS if g == "privacy"])
 def test_experiments_fit_every_data_set_and_every_privacy(dataset, experiment, privacy):
-    cfg = compose(f"dataset={dataset}", f"experiment={experiment}", f"privacy={privacy}")
+    cfg = declared(f"dataset={dataset}", f"experiment={experiment}", f"privacy={privacy}")
     OmegaConf.resolve(cfg)
     assert instantiate(cfg.privacy).batch_size <= cfg.dataset.num_examples
 

@@ -1,11 +1,13 @@
 """Lightning's trainer as this program sets it up: nothing of Lightning's own touches a run."""
 
 import pytest
+import torch
 from conftest import compose
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from dp_synth.errors import UserError
 from dp_synth.fitting import _TimeLimit, build_trainer
+from dp_synth.module import MeanGradient
 
 
 def test_no_checkpoint_that_lies_about_is_taken_up_under_slurm(monkeypatch, tmp_path):
@@ -33,3 +35,19 @@ def test_a_precision_whose_sums_are_not_float32_is_refused(precision):
 def test_a_time_limit_is_for_one_sitting():
     """Lightning's own timer would stop a resumed run at once."""
     assert _TimeLimit("00:00:00:01").state_dict() == {}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 7, None])
+def test_the_mean_gradient_does_not_depend_on_how_rows_are_cut(rows, micro_batch_size):
+    net = torch.nn.Linear(5, 2).double()
+    x = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(x):
+        return net(x).square().sum(1)
+
+    engine = MeanGradient(micro_batch_size)
+    engine.accumulate(loss, (x,), multiplicity=1)
+    expected = torch.autograd.grad(loss(x).mean(), list(net.parameters()))
+    torch.testing.assert_close([p.grad for p in net.parameters()], list(expected))
+    assert engine.loss == pytest.approx(loss(x).mean().item())

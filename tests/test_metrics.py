@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from torch import nn
 
 from dp_synth.data import digits
 from dp_synth.data.images import Images
+from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
 from dp_synth.metrics.fidelity import ClassifierFeatures, frechet_distance
+from dp_synth.metrics.names import split_accuracies
 from dp_synth.metrics.quick import QuickEvaluator
 from dp_synth.metrics.utility import (
     SmallCNN,
@@ -62,6 +66,13 @@ def shuffled(images: Images, seed: int = 0) -> Images:
 
 def mislabelled(images: Images) -> Images:
     return Images(images.pixels, (images.labels + 1) % PLACES, images.classes)
+
+
+def mapped(images: Images, path: Path) -> Images:
+    """The same images, their pixels read-only in a file."""
+    images.pixels.tofile(path)
+    pixels = np.memmap(path, np.uint8, "r", shape=images.pixels.shape)
+    return Images(pixels, images.labels, images.classes)
 
 
 def noisy(images: Images, scale: float) -> Images:
@@ -209,6 +220,27 @@ def test_predictions_do_not_depend_on_the_batch(n: int) -> None:
     assert predict(model, images).shape == (n,) and predict(model, images).dtype == np.int64
 
 
+def test_images_in_a_file_are_as_good_and_only_batches_of_them_become_floats(
+    tmp_path, monkeypatch, recwarn
+) -> None:
+    images = toy(101, 0, channels=3)
+    in_a_file = mapped(images, tmp_path / "pixels")
+    converted: list[int] = []
+
+    def spy(pixels: np.ndarray) -> torch.Tensor:
+        converted.append(len(pixels))
+        return to_float(pixels)
+
+    monkeypatch.setattr("dp_synth.metrics.utility.to_float", spy)
+    models = [train(one, steps=5, batch_size=16, seed=0) for one in (images, in_a_file)]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [probabilities(models[0], one, batch_size=13) for one in (images, in_a_file)]
+    np.testing.assert_array_equal(*rows)
+    assert max(converted) == 16
+    assert not recwarn.list
+
+
 # --- fidelity --------------------------------------------------------------------------------
 
 
@@ -254,6 +286,14 @@ def test_frechet_distance_is_zero_to_itself_and_grows_with_noise() -> None:
     assert distances[1] > 100 * distances[0]
 
 
+def test_frechet_distance_of_images_in_a_file_is_the_same(tmp_path, recwarn) -> None:
+    a, b = gaussian(53, 1, 120, 10), gaussian(97, 2, 90, 15)
+    in_memory = frechet_distance(a, b, Pixels(6), batch_size=17)
+    files = (mapped(a, tmp_path / "a"), mapped(b, tmp_path / "b"))
+    assert frechet_distance(*files, Pixels(6), batch_size=17) == in_memory
+    assert not [warning for warning in recwarn.list if "writable" in str(warning.message)]
+
+
 def test_classifier_features_are_its_penultimate_layer() -> None:
     images = toy(5, 0)
     model = SmallCNN(images.shape, PLACES, width=4)
@@ -274,7 +314,9 @@ def test_frechet_distance_of_one_image_is_refused(n: int, m: int) -> None:
 # --- the quick evaluator ---------------------------------------------------------------------
 
 
-def evaluate(**changed: Images | None) -> tuple[dict[str, float], dict[str, dict]]:
+def evaluate(
+    other_tests: Mapping[str, Images] | None = None, **changed: Images | None
+) -> tuple[dict[str, float], dict[str, dict]]:
     sets: dict[str, Images | None] = {
         "synthetic": toy(200, 1),
         "public_only": mislabelled(toy(150, 2)),
@@ -283,7 +325,7 @@ def evaluate(**changed: Images | None) -> tuple[dict[str, float], dict[str, dict
         "public": toy(90, 5),
     }
     quick = QuickEvaluator(classifier=train, validation_fraction=0.1)
-    return quick(**(sets | changed), seed=0)  # type: ignore[arg-type]
+    return quick(**(sets | changed), other_tests=other_tests or {}, seed=0)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +380,43 @@ def test_synthetic_validation_does_not_depend_on_private_images(evaluated) -> No
     name = "utility/accuracy.synthetic_validation"
     assert other[name] == metrics[name]
     assert other["utility/accuracy"] != metrics["utility/accuracy"]
+
+
+def test_other_splits_have_the_accuracy_of_the_same_classifier(evaluated) -> None:
+    metrics, meta = evaluate(other_tests={"val": toy(31, 8), "id_val": shuffled(toy(57, 9))})
+    for split, images in (("val", toy(31, 8)), ("id_val", shuffled(toy(57, 9)))):
+        alone, _ = evaluate(real_test=images, public_only=None, public=None)
+        for end in ("", ".ci_low", ".ci_high"):
+            assert metrics[f"utility/accuracy.{split}{end}"] == alone[f"utility/accuracy{end}"]
+        assert meta[f"utility/accuracy.{split}"]["private"]
+        assert meta[f"utility/accuracy.{split}"]["n"] == len(images)
+    assert {name: metrics[name] for name in evaluated[0]} == evaluated[0]
+    assert split_accuracies(metrics) == {
+        "val": "utility/accuracy.val",
+        "id_val": "utility/accuracy.id_val",
+    }
+
+
+def test_classes_of_other_splits_are_matched_by_name() -> None:
+    images = toy(31, 8)
+    backwards = Images(images.pixels, 3 - images.labels, images.classes[::-1])
+    one, other = evaluate(other_tests={"val": images}), evaluate(other_tests={"val": backwards})
+    assert one == other
+
+
+@pytest.mark.parametrize("split", ["real", "public_only", "synthetic_validation", "ci_low", "a.b"])
+def test_a_split_cannot_take_the_name_of_another_metric(split: str) -> None:
+    with pytest.raises(UserError, match="rename the split"):
+        evaluate(other_tests={split: toy(9, 0)})
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(UserError, match="val holds no image"):
+        evaluate(other_tests={"val": toy(0, 0)})
+
+
+def test_no_metric_without_other_splits_looks_like_one_of_a_split(evaluated) -> None:
+    assert split_accuracies(evaluated[0]) == {}
 
 
 def test_what_is_not_there_is_left_out() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_net, weights_of
+from diffusers import UNet2DModel
 
 from dp_synth.errors import UserError
 from dp_synth.networks import carry_over, choose_trainable, unet
@@ -60,13 +61,13 @@ def test_the_shape_is_read_off_the_images(shape):
 def test_public_weights_are_carried_over_by_class_name(classes):
     prior = tiny_net(seed=1, num_classes=len(PUBLIC_CLASSES))
     net = tiny_net(seed=2, num_classes=len(classes))
-    initial, public = labels_of(net), labels_of(prior)
+    public = labels_of(prior)
     carry_over(prior, PUBLIC_CLASSES, net, classes)
     for row, name in enumerate(classes):
         if name in PUBLIC_CLASSES:
             assert torch.equal(labels_of(net)[row], public[PUBLIC_CLASSES.index(name)])
         else:
-            assert torch.equal(labels_of(net)[row], initial[row])
+            assert torch.equal(labels_of(net)[row], public[-1])
     assert torch.equal(labels_of(net)[-1], public[-1])
     theirs = everything_but_labels(prior)
     assert all(torch.equal(v, theirs[name]) for name, v in everything_but_labels(net).items())
@@ -81,6 +82,44 @@ def test_carrying_over_leaves_the_public_model_alone_and_shares_nothing():
             parameter.add_(1)
     assert torch.equal(weights_of(prior), before)
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def prior_without_labels(**architecture):
+    """As others publish them: no label table, or one that says nothing of its classes."""
+    torch.manual_seed(1)
+    return UNet2DModel(**(settings_of(tiny_net()) | {"num_class_embeds": None} | architecture))
+
+
+def settings_of(net):
+    """The arguments that a network was built with."""
+    return {key: value for key, value in net.config.items() if not key.startswith("_")}
+
+
+def test_a_prior_without_labels_is_what_every_class_starts_from():
+    prior, net = prior_without_labels(), tiny_net(seed=2)
+    carry_over(prior, None, net, "abc")
+    x, t = torch.randn(4, 1, 4, 4), torch.tensor([0, 7, 400, 999])
+    with torch.no_grad():
+        expected, found = prior(x, t).sample, net(x, t, class_labels=torch.arange(4)).sample
+    assert expected.abs().max() > 0 and torch.equal(found, expected)
+
+
+def test_unnamed_labels_become_their_mean():
+    prior, net = prior_without_labels(num_class_embeds=5), tiny_net(seed=2)
+    carry_over(prior, None, net, "abc")
+    torch.testing.assert_close(labels_of(net), labels_of(prior).mean(0).expand(4, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_learned_variance_is_left_out(channels):
+    shape = {"in_channels": channels, "out_channels": 2 * channels}
+    prior = prior_without_labels(**shape)
+    net = UNet2DModel(**(settings_of(prior) | {"out_channels": channels, "num_class_embeds": 3}))
+    carry_over(prior, None, net, "ab")
+    x, t, y = torch.randn(2, channels, 4, 4), torch.tensor([3, 500]), torch.tensor([0, 2])
+    with torch.no_grad():
+        mean, _ = prior(x, t).sample.chunk(2, dim=1)
+        torch.testing.assert_close(net(x, t, class_labels=y).sample, mean)
 
 
 @pytest.mark.parametrize(

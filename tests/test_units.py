@@ -289,3 +289,38 @@ def test_the_declared_number_is_that_of_units(trainer_cfg):
     plan = replace(PLAN, num_examples=sum(COUNTS))
     with pytest.raises(ValueError, match=r"num_examples=16, not 6 units \(dataset\.unit\)"):
         fit(tiny_module(plan), grouped(), plan, trainer_cfg, caption="fit")
+
+
+# ------------------------------------------------------------- images that lie in a file, or nowhere
+
+
+def test_images_in_a_file_make_the_batches_that_those_in_memory_make(tmp_path):
+    images = grouped()
+    np.save(tmp_path / "pixels.npy", images.pixels)
+    on_disk = replace(images, pixels=np.load(tmp_path / "pixels.npy", mmap_mode="r"))
+    for numbers in ([], [3], [5, 0, 2]):
+        for ours, theirs in ((images, on_disk), (no_units(images), no_units(on_disk))):
+            a, b = batch_of(ours, numbers), batch_of(theirs, numbers)
+            assert torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels)
+
+
+def no_units(images):
+    return replace(images, units=None)
+
+
+@pytest.mark.parametrize("kind", [grouped, lambda: no_units(grouped())], ids=["units", "images"])
+def test_an_example_that_could_not_be_read_counts_in_n_and_contributes_nothing(kind, trainer_cfg):
+    images = replace(kind(), missing=2)
+    assert images.num_examples == images.num_units + 2
+    last = images.num_units - 1
+    with_missing = batch_of(images, [0, last + 1, last, last + 2])
+    without = batch_of(images, [0, last])
+    assert with_missing.indices.tolist() == without.indices.tolist() == [0, last]
+    assert torch.equal(with_missing.pixels, without.pixels)
+    assert len(batch_of(images, [last + 1, last + 2]).pixels) == 0
+
+    declared = replace(PLAN, num_examples=images.num_examples)
+    fit(tiny_module(declared), images, declared, trainer_cfg, caption="test")
+    with pytest.raises(ValueError, match=f"not {images.num_examples}"):
+        found = replace(PLAN, num_examples=images.num_units)
+        fit(tiny_module(found), images, found, trainer_cfg, caption="test")

@@ -19,6 +19,8 @@ class Images:
         classes: distinct names; label ``k`` is ``classes[k]``. A class may have no image.
         units: int64 ``[N]``, the privacy unit (patient, slide) that each image belongs to, or
             ``None`` where each image is its own unit.
+        missing: units that were listed and could not be read, 0 or more. They count in N and
+            contribute nothing to any step, which is what zero-out adjacency compares with.
 
     Raises:
         TypeError: not NumPy arrays.
@@ -29,6 +31,7 @@ class Images:
     labels: npt.NDArray[np.int64]
     classes: Sequence[str]
     units: npt.NDArray[np.int64] | None = None
+    missing: int = 0
 
     def __post_init__(self) -> None:
         _check_array("pixels", self.pixels, np.uint8, ndim=4)
@@ -55,6 +58,11 @@ class Images:
     def num_units(self) -> int:
         """The number of privacy units; where there are none, each image is one."""
         return len(self) if self.units is None else len(np.unique(self.units))
+
+    @property
+    def num_examples(self) -> int:
+        """The N of the mechanism: units, those that could not be read included."""
+        return self.num_units + self.missing
 
     @property
     def shape(self) -> tuple[int, int, int]:

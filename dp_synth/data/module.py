@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dp_synth.data import camelyon17, cifar10
 from dp_synth.data.images import Images
 from dp_synth.privacy.units import Units
 
@@ -34,26 +35,31 @@ class Batch:
 
 
 class _Examples(Dataset[Batch]):
-    """Hands out a whole logical batch at once; the empty list of indices gives an empty batch."""
+    """Hands out a whole logical batch at once; the empty list of indices gives an empty batch.
+
+    Pixels are read when they are asked for, so that they may lie in a file. An index beyond the
+    images found is an example that could not be read: it enters steps as any other does, and
+    contributes nothing.
+    """
 
     def __init__(self, images: Images) -> None:
-        self.pixels = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous()
+        self.pixels = images.pixels
         self.labels = torch.from_numpy(images.labels)
         self.units = None if images.units is None else Units.from_ids(images.units)
-
-    def __len__(self) -> int:
-        return len(self.labels if self.units is None else self.units)
+        self.found = images.num_units
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
         examples = torch.as_tensor(indices, dtype=torch.int64)
+        examples = examples[examples < self.found]
         chosen, counts = examples, None
         if self.units is not None:
             chosen, counts = self.units.images(examples)
-        return Batch(examples, self.pixels[chosen], self.labels[chosen], counts)
+        pixels = torch.from_numpy(self.pixels[chosen.numpy()]).permute(0, 3, 1, 2).contiguous()
+        return Batch(examples, pixels, self.labels[chosen], counts)
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Images in memory, served in the batches that a plan asks for.
+    """Images, served in the batches that a plan asks for.
 
     Where the images have units, the plan's examples are the units: Poisson batches select units,
     and an epoch of public training passes over the units once, not over the images.
@@ -84,6 +90,30 @@ class ImageDataModule(lightning.LightningDataModule):
         """Move a batch; Lightning cannot look into it by itself."""
         counts = None if batch.counts is None else batch.counts.to(device)
         return Batch(batch.indices, batch.pixels.to(device), batch.labels.to(device), counts)
+
+
+class CIFAR10DataModule(ImageDataModule):
+    """CIFAR-10's training split in the batches of a plan.
+
+    Args:
+        batches: see ``ImageDataModule``.
+        options: of ``cifar10.load``, such as ``root``.
+    """
+
+    def __init__(self, batches: Callable[[int], Any], **options: Any) -> None:
+        super().__init__(cifar10.load(split="train", **options), batches)
+
+
+class Camelyon17DataModule(ImageDataModule):
+    """Camelyon17-WILDS' training split in the batches of a plan.
+
+    Args:
+        batches: see ``ImageDataModule``.
+        options: of ``camelyon17.load``, such as ``root``, ``resolution`` and ``unit``.
+    """
+
+    def __init__(self, batches: Callable[[int], Any], **options: Any) -> None:
+        super().__init__(camelyon17.load(split="train", **options), batches)
 
 
 def _as_is(batch: Any) -> Batch:

@@ -63,8 +63,9 @@ def frechet_distance(
     metric.to(next((p.device for p in features.parameters()), torch.device("cpu")))
     with torch.inference_mode():
         for images, is_real in ((real, True), (synthetic, False)):
-            pixels = torch.tensor(images.pixels).permute(0, 3, 1, 2)
-            for batch in pixels.split(batch_size):
-                metric.update(batch, real=is_real)
+            for start in range(0, len(images), batch_size):
+                # A copy: the pixels may lie in a file, all of which memory need not hold.
+                pixels = torch.tensor(images.pixels[start : start + batch_size])
+                metric.update(pixels.permute(0, 3, 1, 2), real=is_real)
         # Rounding can bring the distance of equal sets just below zero.
         return max(0.0, float(metric.compute()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.metrics.fidelity import ClassifierFeatures, frechet_distance
+from dp_synth.metrics.names import is_split_name
 from dp_synth.metrics.utility import (
     Estimate,
     SmallCNN,
@@ -81,36 +82,49 @@ class QuickEvaluator:
         public_only: Images | None,
         real_train: Images,
         real_test: Images,
+        other_tests: Mapping[str, Images],
         public: Images | None,
         seed: int,
     ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
         """Return flat metrics and, under the same names, what each of them is.
 
-        A metric that read ``real_train`` or ``real_test`` is marked private, whatever they hold.
-        A metric that cannot be computed (a class without test images, fewer than 2 images for a
-        covariance, one synthetic image to validate on) is left out; it is never NaN.
+        A metric that read ``real_train``, ``real_test`` or ``other_tests`` is marked private,
+        whatever they hold. A metric that cannot be computed (a class without test images, fewer
+        than 2 images for a covariance, one synthetic image to validate on) is left out; it is never
+        NaN.
 
         Args:
             synthetic: images of the private model, N >= 1.
             public_only: images of the model before private training (eps = 0), or ``None``.
             real_train: the private training images, at least 1.
             real_test: the private test images, at least 1.
+            other_tests: further private images by the name of their split, at least 1 each: the
+                classifier trained on the synthetic images is tested on them, too.
             public: labelled public images for the space of the Frechet distance; with ``None`` or
                 an empty set there is no Frechet distance.
             seed: fixes the classifiers of the utility metrics and the subsets.
 
         Raises:
-            UserError: an empty set, sets of different image shapes, or a class that the real test
-                set does not know. Classes are matched by name, whatever their order; only
-                ``public`` may have others.
+            UserError: an empty set, sets of different image shapes, a class that the real test set
+                does not know, or a split whose name a metric has already. Classes are matched by
+                name, whatever their order; only ``public`` may have others.
         """
+        taken = [split for split in other_tests if not is_split_name(split)]
+        if taken:
+            raise UserError(
+                f"dataset.other_tests={taken} would give a metric a name that is no word or that "
+                "another metric has; rename the split."
+            )
+        other_tests = {
+            split: _comparable(split, images, real_test) for split, images in other_tests.items()
+        }
         synthetic = _comparable("synthetic", synthetic, real_test)
         real_train = _comparable("real_train", real_train, real_test)
         real_test = _comparable("real_test", real_test, real_test)
         if public_only is not None:
             public_only = _comparable("public_only", public_only, real_test)
         metrics = Metrics()
-        self._add_utility(metrics, synthetic, public_only, real_train, real_test, seed)
+        self._add_utility(metrics, synthetic, public_only, real_train, real_test, other_tests, seed)
         if public is not None and len(public) > 0:
             self._add_fidelity(metrics, synthetic, public_only, real_train, real_test, public, seed)
         return metrics.values, metrics.meta
@@ -122,6 +136,7 @@ class QuickEvaluator:
         public_only: Images | None,
         real_train: Images,
         real_test: Images,
+        other_tests: Mapping[str, Images],
         seed: int,
     ) -> None:
         training, validation = _split(synthetic, self.validation_fraction, seed)
@@ -133,6 +148,13 @@ class QuickEvaluator:
             private=True,
             what="Accuracy on real test images of a classifier trained on the synthetic images.",
         )
+        for split, images in other_tests.items():
+            metrics.add_estimate(
+                f"utility/accuracy.{split}",
+                accuracy(predict(model, images), images),
+                private=True,
+                what=f"Accuracy of the same classifier on the real images of the split {split}.",
+            )
         for name, estimate in class_recall(predicted, real_test).items():
             metrics.add(
                 f"utility/recall.{name}",

@@ -151,17 +151,18 @@ def train_classifier(
             raise UserError(f"evaluator.classifier.{name}={value} must be at least 1.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _initialise(images, width, seed).to(device)
-    x = to_float(images.pixels).to(device)
-    y = torch.tensor(images.labels, device=device)
-    max_shift = min(x.shape[2:]) // 16 if max_shift is None else max_shift
+    max_shift = min(images.shape[1:]) // 16 if max_shift is None else max_shift
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
     batches = _batches(len(images), batch_size, steps, generator)
     for batch in tqdm(batches, total=steps, desc=caption, leave=False, disable=None):
-        rows = batch.to(device)
-        views = _shift(_bend(x[rows], elastic, generator), max_shift, generator)
-        loss = F.cross_entropy(model(views), y[rows], label_smoothing=label_smoothing)
+        rows = batch.numpy()
+        # Floats of a batch only: those of all images may not fit into memory.
+        x = to_float(images.pixels[rows]).to(device)
+        y = torch.tensor(images.labels[rows], device=device)
+        views = _shift(_bend(x, elastic, generator), max_shift, generator)
+        loss = F.cross_entropy(model(views), y, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,7 +21,15 @@ from dp_synth.privacy.randomness import (
     Randomness,
     RepeatablePrivateRandomness,
 )
-from dp_synth.privacy.wording import ASSUMPTIONS, GUARANTEE, NO_GUARANTEE, NOT_COVERED, VOID
+from dp_synth.privacy.wording import (
+    ASSUMPTIONS,
+    EXAMPLE,
+    GUARANTEE,
+    MANY_IMAGES,
+    NO_GUARANTEE,
+    NOT_COVERED,
+    VOID,
+)
 
 ENGINES = ("auto", "loop", "opacus")
 _SHOWN_POINTS = 20  # of the eps curve; each costs a fraction of a second of accounting
@@ -35,7 +43,8 @@ class PrivacyPlan:
     on one example's contribution, `multiplicity` the draws averaged before the clip. `clipping` is
     "flat" (no gradient is longer than the bound) or "automatic" (all are scaled to almost the
     bound; Bu et al. 2022, arXiv 2206.07136): the bound, and so the noise, is the same. The engine
-    that clips changes no guarantee; it is recorded. `unsafe_repeatable_randomness` is a seed that
+    that clips changes no guarantee; it is recorded. `unit` names what is protected where that is
+    not the example but all images of a patient, say; then N, the batches and q count units. `unsafe_repeatable_randomness` is a seed that
     makes every private draw repeatable: for tests, and it voids the guarantee.
 
     Raises UserError naming the key for a value out of range; warns where delta >= 1 / num_examples.
@@ -51,6 +60,7 @@ class PrivacyPlan:
     accountant: str = "prv"
     clipping: Clipping = "flat"
     engine: Literal["auto", "loop", "opacus"] = "auto"
+    unit: str | None = None
     noise_multiplier: float | None = None
     unsafe_repeatable_randomness: int | None = None
 
@@ -220,11 +230,12 @@ class PrivacyPlan:
             "num_examples": self.num_examples,
             "engine": self.engine,
             **ASSUMPTIONS,
+            "unit": self.unit or EXAMPLE,
             "queries": [
                 {"query": "dp_sgd", "mechanism": "poisson_subsampled_gaussian", **mechanism}
             ],
             "unaccounted_looks": [],
-            "not_covered": list(NOT_COVERED),
+            "not_covered": list(NOT_COVERED if self.unit else (MANY_IMAGES, *NOT_COVERED)),
         }
 
     def _spent(self, steps_taken: int | None, accountant: str) -> accounting.Spent:

@@ -13,6 +13,13 @@ _TRUST_MODEL = (
     "is released of the run (final weights, samples, this statement), and nothing else."
 )
 
+EXAMPLE = "example"  # the unit of privacy where no other is named
+
+MANY_IMAGES = (
+    "People with several images: the unit is one image (example), so that someone who has many is "
+    "protected less, by each image's eps together."
+)
+
 NOT_COVERED = (
     (
         "Hyper-parameter search: further runs on the same private data, of these or other settings, "
@@ -30,7 +37,6 @@ NOT_COVERED = (
 
 ASSUMPTIONS = {
     "adjacency": "zero_out",
-    "unit": "example",
     "sampling": "poisson",
     "world_size": 1,
     "trust_model": _TRUST_MODEL,

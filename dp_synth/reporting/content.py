@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -154,7 +155,9 @@ def odds_factor(eps: float) -> str:
 
 
 def _public_name(cfg: DictConfig) -> str | None:
-    """The public source by the module of its loader, as in ``dp_synth.data.font_digits.load``."""
+    """The published model, or the module of a loader, as in ``dp_synth.data.font_digits.load``."""
+    if (path := OmegaConf.select(cfg, "public.path")) is not None:
+        return Path(str(path)).name
     target = OmegaConf.select(cfg, "public.load._target_")
     module = str(target or "").rpartition(".")[0]
     return module.rpartition(".")[2].replace("_", " ") or None

@@ -55,7 +55,7 @@ def run_grids(run: Run, private: bool) -> list[Grid]:
             run.public_examples_dir,
             "Real public images",
             "What the model was pre-trained on. No private image appears on this page.",
-            "This run has no public images: the model began from random weights.",
+            "This run has no public images.",
         ),
         read_grid(
             run.public_only_dir,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dp_synth.metrics.names import split_accuracies
 from dp_synth.reporting.charts import Interval, Scale, proportion_scale
 
 _ACCURACY = (
@@ -54,9 +55,18 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Usefulness:
-    """All metrics of a run."""
+    """All metrics of a run.
+
+    Attributes:
+        accuracy: on the test split, by what the classifier was trained on.
+        other_splits: of the classifier trained on synthetic data, by split.
+        recall: by class.
+        fidelity: by distance.
+        everything: each metric once, by name.
+    """
 
     accuracy: list[Metric]
+    other_splits: list[Metric]
     recall: list[Metric]
     fidelity: list[Fidelity]
     everything: list[Metric]
@@ -110,6 +120,7 @@ def read_usefulness(
     bases = sorted({_without_variant(key) for key in names if key.startswith("fidelity/")})
     return Usefulness(
         accuracy=[metric(*row) for row in _ACCURACY if row[0] in metrics],
+        other_splits=[metric(key, label=split) for split, key in split_accuracies(names).items()],
         recall=[
             metric(key, label=key.removeprefix(_RECALL)) for key in names if key.startswith(_RECALL)
         ],

@@ -1,0 +1,78 @@
+"""Facts about the private data set that are public by declaration: typed, or told by names alone."""
+
+import math
+import sys
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dp_synth.data.survey import Survey
+from dp_synth.errors import UserError
+
+# With a third of the examples in a batch the noise in each step is small for its eps, and a few
+# hundred steps are few passes; beyond a few thousand, cost grows faster than noise falls.
+_LARGEST_BATCH = 4096
+
+
+def declare(cfg: DictConfig) -> Survey | None:
+    """Fill in what the config leaves open about the private data set; no image is opened.
+
+    N and the number of classes are counted in names; delta and the batch size follow N. After
+    this, ``cfg`` is as if all of them had been typed.
+
+    Args:
+        cfg: the config of a run; its ``dataset`` and ``privacy`` change.
+
+    Returns:
+        What the names tell, or None where there is nothing to look at.
+
+    Raises:
+        UserError: nothing tells a number that is not declared, or the declared one is not what is
+            found.
+    """
+    dataset = cfg.dataset
+    survey: Survey | None = instantiate(dataset.survey) if "survey" in dataset else None
+    if survey is not None:
+        if dataset.num_examples is None:
+            print(
+                f"dataset.num_examples={survey.num_examples}: counted by name, taken as public",
+                file=sys.stderr,
+            )
+        _fill_in(
+            dataset, "num_examples", survey.num_examples, is_found=survey.num_files is not None
+        )
+        _fill_in(dataset, "num_classes", len(survey.classes), is_found=survey.num_files is not None)
+    for key in ("num_examples", "num_classes"):
+        if dataset[key] is None:
+            raise UserError(
+                f"dataset.{key} is not known: declare dataset.{key}=..., or give dataset.root=DIR, "
+                "where the names of the files tell."
+            )
+    if dataset.delta is None:
+        dataset.delta = default_delta(dataset.num_examples)
+    if cfg.privacy.batch_size is None:
+        cfg.privacy.batch_size = min(_LARGEST_BATCH, -(-dataset.num_examples // 3))
+    return survey
+
+
+def default_delta(num_examples: int) -> float:
+    """1 / (N ln N) rounded down to one digit: below 1 / N, since a delta of 1 / N allows a leak.
+
+    Of one record picked at random, that is. For N below 3, where the formula gives no such number,
+    a tenth.
+    """
+    if num_examples < 3:
+        return 0.1
+    exact = 1 / (num_examples * math.log(num_examples))
+    unit = 10.0 ** math.floor(math.log10(exact))
+    return float(f"{math.floor(exact / unit) * unit:.0e}")
+
+
+def _fill_in(dataset: DictConfig, key: str, told: int, is_found: bool) -> None:
+    if dataset[key] is None:
+        dataset[key] = told
+    elif is_found and dataset[key] != told:
+        raise UserError(
+            f"dataset.{key}={dataset[key]} is declared, but the files in dataset.root="
+            f"{dataset.root} make it {told}; declare dataset.{key}={told}, or leave it out."
+        )
