@@ -51,6 +51,7 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         other_tests={split: load_images(own, split) for split in other_tests},
         public=load_public(own),
         seed=cfg.seed,
+        local_dir=run.local_dir,
     )
     if samples.resolve() == run.samples_dir.resolve():
         run.write_metrics(metrics, meta)

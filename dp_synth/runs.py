@@ -54,6 +54,7 @@ class Run:
         self.public_only_dir = self.path / "public" / "samples"
         self.public_examples_dir = self.path / "public" / "examples"
         self.logs_dir = self.path / "logs"
+        self.local_dir = self.path / "local"  # shows private images; never part of a release
         self.report_path = self.path / "report.html"
 
     @classmethod

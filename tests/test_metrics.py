@@ -20,19 +20,19 @@ from dp_synth.data import digits
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
-from dp_synth.metrics.fidelity import ClassifierFeatures, frechet_distance
-from dp_synth.metrics.names import split_accuracies
-from dp_synth.metrics.quick import QuickEvaluator
-from dp_synth.metrics.utility import (
+from dp_synth.metrics.classifiers import (
     SmallCNN,
     _bend,
     _shift,
-    accuracy,
-    class_recall,
     predict,
     probabilities,
     train_classifier,
 )
+from dp_synth.metrics.estimates import accuracy, class_recall
+from dp_synth.metrics.evaluator import Evaluator
+from dp_synth.metrics.fidelity import ClassifierFeatures, Fidelity, frechet_distance
+from dp_synth.metrics.names import split_accuracies
+from dp_synth.metrics.utility import Utility
 
 train = functools.partial(
     train_classifier,
@@ -231,7 +231,7 @@ def test_images_in_a_file_are_as_good_and_only_batches_of_them_become_floats(
         converted.append(len(pixels))
         return to_float(pixels)
 
-    monkeypatch.setattr("dp_synth.metrics.utility.to_float", spy)
+    monkeypatch.setattr("dp_synth.metrics.classifiers.to_float", spy)
     models = [train(one, steps=5, batch_size=16, seed=0) for one in (images, in_a_file)]
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -324,7 +324,9 @@ def evaluate(
         "real_test": toy(83, 4),
         "public": toy(90, 5),
     }
-    quick = QuickEvaluator(classifier=train, validation_fraction=0.1)
+    quick = Evaluator(
+        classifier=train, utility=Utility(validation_fraction=0.1), fidelity=Fidelity()
+    )
     return quick(**(sets | changed), other_tests=other_tests or {}, seed=0)  # type: ignore[arg-type]
 
 
@@ -462,7 +464,7 @@ def test_sets_that_cannot_be_compared_are_refused(name: str, images: Images, mes
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
 def test_validation_fraction_is_a_fraction(fraction: float) -> None:
     with pytest.raises(UserError, match="validation_fraction"):
-        QuickEvaluator(classifier=train, validation_fraction=fraction)
+        Utility(validation_fraction=fraction)
 
 
 def test_the_config_constructs_the_evaluator(request: pytest.FixtureRequest) -> None:

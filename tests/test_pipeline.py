@@ -114,7 +114,7 @@ def test_every_private_metric_is_listed_as_an_unaccounted_look(finished_run):
     assert "fidelity/frechet.classifier" in metrics
     assert not meta["utility/accuracy.synthetic_validation"]["private"]
     (look,) = finished_run.statement()["unaccounted_looks"]
-    assert look["samples"] == "samples" and look["evaluator"].endswith("QuickEvaluator")
+    assert look["samples"] == "samples" and look["evaluator"].endswith("Evaluator")
 
 
 def test_the_log_of_the_private_phase_holds_steps_and_eps(finished_run):

@@ -14,7 +14,8 @@ from dp_synth.data.drawing.colours import luma, palette
 from dp_synth.data.drawing.fields import cells, clouds
 from dp_synth.data.drawing.outlines import contour, profile, segment
 from dp_synth.errors import UserError
-from dp_synth.metrics.utility import accuracy, predict, train_classifier
+from dp_synth.metrics.classifiers import predict, train_classifier
+from dp_synth.metrics.estimates import accuracy
 
 COLOUR, GREY = (3, 32, 32), (1, 28, 28)
 

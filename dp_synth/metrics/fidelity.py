@@ -8,7 +8,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
-from dp_synth.metrics.utility import SmallCNN
+from dp_synth.metrics.classifiers import SmallCNN
+from dp_synth.metrics.evidence import Evidence, subset
+from dp_synth.metrics.record import Metrics
+
+# Not the run's seed: runs with the same public images then share one feature space.
+_FEATURE_SEED = 0
 
 
 class ClassifierFeatures(nn.Module):
@@ -69,3 +74,34 @@ def frechet_distance(
                 metric.update(pixels.permute(0, 3, 1, 2), real=is_real)
         # Rounding can bring the distance of equal sets just below zero.
         return max(0.0, float(metric.compute()))
+
+
+class Fidelity:
+    """Frechet distances to the real training images, beside the one that real test images reach."""
+
+    def __call__(self, evidence: Evidence, metrics: Metrics) -> None:
+        """Add ``fidelity/*``, in the features of a classifier of public images where there are any."""
+        if evidence.public is None or len(evidence.public) == 0:
+            return
+        judged = {"": ("the synthetic images", evidence.synthetic)}
+        if evidence.public_only is not None:
+            noun = "images of the model before private training"
+            judged[".public_only"] = (noun, evidence.public_only)
+        judged[".real_floor"] = ("the real test images", evidence.real_test)
+        # The distance is biased upwards by few images: equally many make the three comparable.
+        n = min(len(images) for _, images in judged.values())
+        if min(n, len(evidence.real_train)) < 2:
+            return
+        classifier = evidence.train_classifier(
+            evidence.public, seed=_FEATURE_SEED, caption="classifier: features"
+        )
+        features = ClassifierFeatures(classifier)
+        for suffix, (noun, images) in judged.items():
+            metrics.add(
+                f"fidelity/frechet.classifier{suffix}",
+                frechet_distance(evidence.real_train, subset(images, n, evidence.seed), features),
+                private=True,
+                n=n,
+                what=f"Frechet distance between {noun} and the real training images, in the "
+                "features of a classifier trained on public images.",
+            )

@@ -2,257 +2,107 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from scipy.stats import binomtest
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dp_synth.data.images import Images
-from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
+from dp_synth.metrics.classifiers import predict
+from dp_synth.metrics.estimates import accuracy, class_recall
+from dp_synth.metrics.evidence import Evidence
+from dp_synth.metrics.record import Metrics
 
-_MIN_SIDE = 8
-_WARMUP = 0.1  # share of the steps in which the learning rate rises
-_CONTROL = 4  # control points a side of the elastic displacement
 
-
-class SmallCNN(nn.Module):
-    """A small convolutional classifier for images of any side from 8 pixels and any channels.
-
-    Its stages halve the image until its longer side is at most 4. What is left is flattened, not
-    averaged: in an image of 8x8 pixels the place of a stroke is what tells classes apart.
+class Utility:
+    """Accuracy on real images of a classifier trained on synthetic ones, and of the baselines'.
 
     Args:
-        shape: ``(C, H, W)`` of one image, H and W at least 8.
-        num_classes: length of the logits.
-        width: channels of the first convolution; each stage doubles them, up to 4 times as many.
-        num_features: length D of the penultimate features.
+        validation_fraction: share of the synthetic images kept from the classifier's training to
+            validate it on synthetic images, 0..1 (0: no such metric).
 
     Raises:
-        UserError: a side of less than 8 pixels.
+        UserError: ``validation_fraction`` out of range.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], num_classes: int, width: int = 32, num_features: int = 64
-    ) -> None:
-        super().__init__()
-        channels, *sides = shape
-        if min(sides) < _MIN_SIDE:
+    def __init__(self, *, validation_fraction: float) -> None:
+        if not 0 <= validation_fraction < 1:
             raise UserError(
-                f"images of {sides[0]}x{sides[1]} pixels are too small for the evaluator's "
-                f"classifier; use {_MIN_SIDE}x{_MIN_SIDE} or more, or evaluator=none."
+                f"evaluator.utility.validation_fraction={validation_fraction} must be at least 0 "
+                "and less than 1, such as 0.1."
             )
-        layers = _convolution(channels, width)
-        wide = width
-        while max(sides) > 4:
-            out = min(2 * wide, 4 * width)
-            layers += [*_convolution(wide, out), nn.MaxPool2d(2, ceil_mode=True)]
-            wide = out
-            sides = [math.ceil(side / 2) for side in sides]
-        layers += _convolution(wide, wide)
-        self.num_features = num_features
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        self.neck = nn.Sequential(nn.Linear(wide * math.prod(sides), num_features), nn.ReLU())
-        self.head = nn.Linear(num_features, num_classes)
+        self.validation_fraction = validation_fraction
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return the penultimate features ``[N, D]`` of images ``[N, C, H, W]`` in [-1, 1]."""
-        return self.neck(self.body(x))
+    def __call__(self, evidence: Evidence, metrics: Metrics) -> None:
+        """Add ``utility/*``; every classifier is trained in the same way, for as many steps."""
+        self._add_synthetic(evidence, metrics)
+        if evidence.public_only is not None:
+            self._add_public_only(evidence, evidence.public_only, metrics)
+        _add_real(evidence, metrics)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[N, num_classes]`` of images ``[N, C, H, W]`` in [-1, 1]."""
-        return self.head(self.features(x))
+    def _add_synthetic(self, evidence: Evidence, metrics: Metrics) -> None:
+        training, validation = self._split(evidence.synthetic, evidence.seed)
+        model = evidence.train_classifier(
+            training, seed=evidence.seed, caption="classifier: synthetic"
+        )
+        predicted = predict(model, evidence.real_test)
+        metrics.add_estimate(
+            "utility/accuracy",
+            accuracy(predicted, evidence.real_test),
+            private=True,
+            what="Accuracy on real test images of a classifier trained on the synthetic images.",
+        )
+        for split, images in evidence.other_tests.items():
+            metrics.add_estimate(
+                f"utility/accuracy.{split}",
+                accuracy(predict(model, images), images),
+                private=True,
+                what=f"Accuracy of the same classifier on the real images of the split {split}.",
+            )
+        for name, estimate in class_recall(predicted, evidence.real_test).items():
+            metrics.add(
+                f"utility/recall.{name}",
+                estimate.value,
+                private=True,
+                n=estimate.n,
+                what=f"Share of the real test images of class {name} that the classifier trained "
+                "on the synthetic images labels right.",
+            )
+        if len(validation) > 0:
+            metrics.add_estimate(
+                "utility/accuracy.synthetic_validation",
+                accuracy(predict(model, validation), validation),
+                private=False,
+                what="Accuracy of the same classifier on synthetic images kept from its training.",
+            )
 
+    def _add_public_only(self, evidence: Evidence, public_only: Images, metrics: Metrics) -> None:
+        # The same share is kept back, so that the baseline differs in its images alone.
+        training, _ = self._split(public_only, evidence.seed)
+        model = evidence.train_classifier(
+            training, seed=evidence.seed, caption="classifier: public only"
+        )
+        metrics.add_estimate(
+            "utility/accuracy.public_only",
+            accuracy(predict(model, evidence.real_test), evidence.real_test),
+            private=True,
+            what="Accuracy on real test images of a classifier trained on images of the model "
+            "before private training (eps = 0).",
+        )
 
-@dataclass(frozen=True)
-class Estimate:
-    """A proportion with its 95 % Wilson interval.
-
-    Attributes:
-        value: the observed proportion, 0..1.
-        ci_low: lower end of the interval.
-        ci_high: upper end of the interval.
-        n: how many images it was counted on.
-    """
-
-    value: float
-    ci_low: float
-    ci_high: float
-    n: int
-
-    @classmethod
-    def of(cls, correct: npt.NDArray[np.bool_]) -> Estimate:
-        """Estimate the share of true entries of ``correct`` ``[n]``.
-
-        Raises:
-            ValueError: n is 0; nothing has no proportion.
-        """
-        n, hits = len(correct), int(correct.sum())
-        if n == 0:
-            raise ValueError("a proportion of 0 images cannot be estimated.")
-        interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-        return cls(hits / n, float(interval.low), float(interval.high), n)
-
-
-def train_classifier(
-    images: Images,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    label_smoothing: float,
-    max_shift: int | None = None,
-    elastic: float = 0.0,
-    width: int = 32,
-    seed: int,
-    caption: str = "classifier",
-    device: str | torch.device | None = None,
-) -> SmallCNN:
-    """Train a ``SmallCNN`` on ``images`` for a fixed number of steps.
-
-    Nothing is selected (no validation, no early stop): the classifier depends on ``images`` alone.
-    AdamW; the learning rate rises linearly, then falls to zero as a cosine. On a CPU the result is
-    a function of the arguments; the global random state is left as it was. No loss is shown:
-    ``images`` may be private.
-
-    Args:
-        images: N >= 1 images; where N is less than ``batch_size`` a batch holds repeats.
-        steps: number of updates.
-        batch_size: images in each update.
-        lr: peak learning rate.
-        weight_decay: AdamW's decoupled decay.
-        label_smoothing: share of the target spread evenly over the classes, 0..1.
-        max_shift: greatest random translation each way, in pixels, edges repeated; ``None``: a
-            sixteenth of the shorter side.
-        elastic: standard deviation of a smooth random displacement, in pixels.
-        width: channels of the network's first convolution.
-        seed: fixes initial weights, order and augmentation.
-        caption: text of the progress bar.
-        device: where to train; ``None``: a GPU where there is one.
-
-    Returns:
-        The trained network in evaluation mode, on ``device``.
-
-    Raises:
-        UserError: no image, no step, an empty batch, or a side of less than 8 pixels.
-    """
-    if len(images) == 0:
-        raise UserError("a classifier cannot be trained on 0 images; at least 1 is needed.")
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"evaluator.classifier.{name}={value} must be at least 1.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _initialise(images, width, seed).to(device)
-    max_shift = min(images.shape[1:]) // 16 if max_shift is None else max_shift
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
-    batches = _batches(len(images), batch_size, steps, generator)
-    for batch in tqdm(batches, total=steps, desc=caption, leave=False, disable=None):
-        rows = batch.numpy()
-        # Floats of a batch only: those of all images may not fit into memory.
-        x = to_float(images.pixels[rows]).to(device)
-        y = torch.tensor(images.labels[rows], device=device)
-        views = _shift(_bend(x, elastic, generator), max_shift, generator)
-        loss = F.cross_entropy(model(views), y, label_smoothing=label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    def _split(self, images: Images, seed: int) -> tuple[Images, Images]:
+        """Split at random into a part to train on, never empty, and one to validate on."""
+        order = np.random.default_rng(seed).permutation(len(images))
+        held_out = int(self.validation_fraction * len(images))
+        return images.select(order[held_out:]), images.select(order[:held_out])
 
 
-@torch.inference_mode()
-def probabilities(
-    model: nn.Module, images: Images, batch_size: int = 1024
-) -> npt.NDArray[np.float32]:
-    """Return class probabilities ``[N, num_classes]``, rows summing to 1; N may be 0."""
-    device = next(model.parameters()).device
-    starts = range(0, max(len(images), 1), batch_size)
-    batches = (to_float(images.pixels[start : start + batch_size]) for start in starts)
-    rows = torch.cat([model(x.to(device)).softmax(dim=1) for x in batches])
-    array: npt.NDArray[np.float32] = rows.cpu().numpy()
-    return array
-
-
-def predict(model: nn.Module, images: Images, batch_size: int = 1024) -> npt.NDArray[np.int64]:
-    """Return the most probable labels, int64 ``[N]``; N may be 0."""
-    return probabilities(model, images, batch_size).argmax(axis=1).astype(np.int64)
-
-
-def accuracy(predicted: npt.NDArray[np.int64], images: Images) -> Estimate:
-    """Return the share of ``predicted`` labels ``[N]`` that are right.
-
-    Raises:
-        ValueError: N is 0.
-    """
-    return Estimate.of(predicted == images.labels)
-
-
-def class_recall(predicted: npt.NDArray[np.int64], images: Images) -> dict[str, Estimate]:
-    """Return, for each class that has an image, the share of its images labelled right."""
-    correct = predicted == images.labels
-    return {
-        name: Estimate.of(correct[images.labels == label])
-        for label, name in enumerate(images.classes)
-        if (images.labels == label).any()
-    }
-
-
-def _convolution(channels: int, out: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-
-
-def _initialise(images: Images, width: int, seed: int) -> SmallCNN:
-    # Not torch.manual_seed: it would reseed every GPU too, which this fork does not save.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return SmallCNN(images.shape, len(images.classes), width)
-
-
-def _lr_factor(step: int, steps: int) -> float:
-    rise = min(1.0, (step + 1) / (_WARMUP * steps))
-    # LambdaLR asks for the factor once more after the last step, when step == steps.
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield ``steps`` batches of row numbers ``[batch_size]``: shuffled passes over 0..n-1."""
-    pending = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(pending) < batch_size:
-            pending = torch.cat([pending, torch.randperm(n, generator=generator)])
-        yield pending[:batch_size]
-        pending = pending[batch_size:]
-
-
-def _shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Move each image ``[N, C, H, W]`` by up to ``most`` whole pixels each way; edges repeat."""
-    n, _, height, width = x.shape
-    down, right = torch.randint(-most, most + 1, (2, n, 1), generator=generator)
-    rows = (torch.arange(height) + down).clamp_(0, height - 1).to(x.device)
-    columns = (torch.arange(width) + right).clamp_(0, width - 1).to(x.device)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    # Indices on both sides of a slice put the slice's dimension, the channels, last.
-    return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _bend(x: Tensor, pixels: float, generator: torch.Generator) -> Tensor:
-    """Displace each image ``[N, C, H, W]`` smoothly, by ``pixels`` (standard deviation)."""
-    if pixels == 0:
-        return x
-    n, _, height, width = x.shape
-    control = torch.randn(n, 2, _CONTROL, _CONTROL, generator=generator)
-    bend = F.interpolate(control, (height, width), mode="bicubic", align_corners=True)
-    still = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
-    unit = 2 / torch.tensor([width, height])  # grid_sample measures in half sides
-    grid = (still + pixels * unit * bend.permute(0, 2, 3, 1)).to(x.device)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+def _add_real(evidence: Evidence, metrics: Metrics) -> None:
+    model = evidence.train_classifier(
+        evidence.real_train, seed=evidence.seed, caption="classifier: real"
+    )
+    metrics.add_estimate(
+        "utility/accuracy.real",
+        accuracy(predict(model, evidence.real_test), evidence.real_test),
+        private=True,
+        what="Accuracy on real test images of a classifier trained on the real images, without "
+        "privacy.",
+    )

@@ -1,0 +1,65 @@
+"""An evaluation: its parts, one after another, on the same evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dp_synth.data.images import Images
+from dp_synth.metrics.evidence import Evidence, TrainClassifier
+from dp_synth.metrics.record import Metrics
+
+Part = Callable[[Evidence, Metrics], None]
+
+
+class Evaluator:
+    """Scores synthetic images.
+
+    Args:
+        classifier: how classifiers are trained, see ``Evidence.train_classifier``.
+        parts: each adds metrics of its own, in this order; None adds nothing.
+    """
+
+    def __init__(self, *, classifier: TrainClassifier, **parts: Part | None) -> None:
+        self.classifier = classifier
+        self.parts = parts
+
+    def __call__(
+        self,
+        *,
+        synthetic: Images,
+        public_only: Images | None,
+        real_train: Images,
+        real_test: Images,
+        other_tests: Mapping[str, Images],
+        public: Images | None,
+        seed: int,
+        local_dir: Path | None = None,
+    ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Return flat metrics and, under the same names, what each of them is.
+
+        A metric that read ``real_train``, ``real_test`` or ``other_tests`` is marked private,
+        whatever they hold. A metric that cannot be computed (a class without test images, fewer
+        than 2 images for a covariance, one synthetic image to validate on) is left out; it is never
+        NaN. For the arguments see ``Evidence``.
+
+        Raises:
+            UserError: sets of images that do not fit together; see ``Evidence.matched``.
+        """
+        evidence = Evidence(
+            synthetic=synthetic,
+            public_only=public_only,
+            real_train=real_train,
+            real_test=real_test,
+            other_tests=other_tests,
+            public=public,
+            train_classifier=self.classifier,
+            seed=seed,
+            local_dir=local_dir,
+        ).matched()
+        metrics = Metrics()
+        for part in self.parts.values():
+            if part is not None:
+                part(evidence, metrics)
+        return metrics.values, metrics.meta
