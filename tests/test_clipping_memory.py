@@ -1,5 +1,6 @@
 """The engine keeps to its memory: by arithmetic, and as the operating system measures it."""
 
+import gc
 import multiprocessing
 import random
 import re
@@ -7,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from clipping_oracle import assert_same, brute_force, randomize, square_loss, sum_of
+from clipping_oracle import (
+    assert_same,
+    brute_force,
+    denoising_loss,
+    force,
+    make_unet,
+    randomize,
+    square_loss,
+    sum_of,
+    unet_rows,
+)
 from torch import nn
 
 from dp_synth.errors import UserError
@@ -99,6 +110,24 @@ def test_measuring_counts_what_is_alive_at_once():
 
     use = measure(backward).writing(1)
     assert use.per_row / use.per_example == pytest.approx(4096)
+
+
+def live_tensors():
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("way", ["book-keeping", "grouped", "product"])
+def test_nothing_of_a_sum_stays_alive_after_it(way, monkeypatch):
+    """A recording that its graph refers to and that refers to the graph would never be freed."""
+    force(monkeypatch, way)
+    net = make_unet(torch.float32)
+    engine, loss = ClippingEngine(net, 1.0, micro_batch_size=2), denoising_loss(net)
+    alive = []
+    for _ in range(4):
+        engine.accumulate(loss, unet_rows(5, torch.float32))
+        alive.append(live_tensors())
+    assert alive[1:] == alive[1:2] * 3
 
 
 # ------------------------------------------------------------------------------------ whole runs

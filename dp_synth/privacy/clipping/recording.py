@@ -136,7 +136,10 @@ class _Recorded(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx = ctx.needs_input_grad[0]
-        dx = ctx.rule.backward(ctx.call, dy, ctx.saved_tensors, needs_dx)
+        # Out of the graph: the recording may keep them, and the graph keeps the recording. Through
+        # autograd's nodes such a cycle is one that Python cannot see, and it would never be freed.
+        saved = tuple(t if t is None else t.detach() for t in ctx.saved_tensors)
+        dx = ctx.rule.backward(ctx.call, dy, saved, needs_dx)
         return dx, None, None, None, None, None
 
 
