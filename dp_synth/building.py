@@ -1,7 +1,5 @@
 """Builds the objects of a run from its config; everything is checked before any image is read."""
 
-from typing import Any
-
 import torch
 from diffusers import UNet2DModel
 from hydra.utils import instantiate
@@ -42,6 +40,7 @@ def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
     fraction("model.ema_decay", cfg.model.ema_decay)
     fraction("model.label_dropout", cfg.model.label_dropout)
     count("trainer.checkpoint_every", cfg.trainer.checkpoint_every)
+    _check_declared(cfg, plan)
     if "checkpoint" in cfg.public:
         instantiate(cfg.public.checkpoint).refuse_other_process(build_diffusion(cfg))
     elif is_on(cfg.public):
@@ -51,9 +50,30 @@ def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
     net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes)
     build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
     build_trainer(cfg.trainer)
-    for group in (cfg.sampler, cfg.evaluator):
+    for group in (cfg.sampler, cfg.evaluator, cfg.logger):
         if is_on(group):
             instantiate(group)
+
+
+def _check_declared(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
+    """UserError where the plan is about other examples than those that will be loaded."""
+    str(cfg.dataset.name)  # OmegaConf names a key that must be given
+    for size in cfg.dataset.image_shape:
+        count("dataset.image_shape: a size", size)
+    count("dataset.num_classes", cfg.dataset.num_classes)
+    if plan.num_examples != cfg.dataset.num_examples:
+        raise UserError(
+            f"privacy.num_examples={plan.num_examples} is not "
+            f"dataset.num_examples={cfg.dataset.num_examples}; leave privacy.num_examples out."
+        )
+    # Else the statement would promise the protection of units that nothing clips as one.
+    loaded = OmegaConf.select(cfg, "dataset.load.unit")
+    if isinstance(plan, PrivacyPlan) and plan.unit != loaded:
+        raise UserError(
+            f"privacy.unit={plan.unit} is not what dataset={cfg.dataset.name} is loaded by "
+            f"({loaded or 'the image'}); leave privacy.unit out and set dataset.unit, where a data "
+            "set has it."
+        )
 
 
 def build_network(cfg: DictConfig, image_shape: tuple[int, int, int], classes: int) -> UNet2DModel:
@@ -123,10 +143,3 @@ def load_images(cfg: DictConfig, split: str) -> Images:
             f"{found} (channels, height, width, classes); declare these."
         )
     return images
-
-
-def build_logger(cfg: DictConfig, directory: Any) -> Any:
-    """The Lightning logger of the ``logger`` group, or None."""
-    if not is_on(cfg.logger):
-        return None
-    return instantiate(cfg.logger)(save_dir=directory, name="", version="")

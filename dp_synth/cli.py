@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from dp_synth.environment import environment
 from dp_synth.errors import UserError
 from dp_synth.runs import default_run_dir
 
@@ -61,7 +61,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
             )(job)
             try:
                 # Hydra ends the process by itself (exit code 1) unless it lets exceptions through.
-                with _environment(HYDRA_FULL_ERROR="1"):
+                with environment(HYDRA_FULL_ERROR="1"):
                     app()
             except (HydraException, OmegaConfBaseException, OSError) as error:
                 mistakes.append(_as_user_error(error, config_name))
@@ -86,21 +86,6 @@ def _prepare_process() -> None:
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     """A warning as a sentence, without the place in the code."""
     print(f"Warning: {message}", file=sys.stderr)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for a while; child processes of later do not inherit them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import resource
 import statistics
 import sys
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dp_synth.building import build_module, build_network, is_on
+from dp_synth.data.cache import cores
 from dp_synth.data.decoding import decode
 from dp_synth.data.module import Batch
 from dp_synth.fitting import build_trainer
@@ -90,7 +90,7 @@ def measure_decoding(cfg: DictConfig, num_files: int) -> dict[str, float]:
     seconds = _seconds(lambda: decode(data, "random pixels", resolution, channels))
     return {
         "cache_mib": num_files * math.prod(cfg.dataset.image_shape) / 2**20,
-        "hours_decoding": num_files * seconds / (os.cpu_count() or 1) / 3600,
+        "hours_decoding": num_files * seconds / cores() / 3600,
     }
 
 

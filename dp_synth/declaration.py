@@ -38,10 +38,9 @@ def declare(cfg: DictConfig) -> Survey | None:
                 f"dataset.num_examples={survey.num_examples}: counted by name, taken as public",
                 file=sys.stderr,
             )
-        _fill_in(
-            dataset, "num_examples", survey.num_examples, is_found=survey.num_files is not None
-        )
-        _fill_in(dataset, "num_classes", len(survey.classes), is_found=survey.num_files is not None)
+        is_found = survey.num_files is not None
+        _fill_in(dataset, "num_examples", survey.num_examples, is_found)
+        _fill_in(dataset, "num_classes", len(survey.classes), is_found)
     for key in ("num_examples", "num_classes"):
         if dataset[key] is None:
             raise UserError(
@@ -69,6 +68,7 @@ def default_delta(num_examples: int) -> float:
 
 
 def _fill_in(dataset: DictConfig, key: str, told: int, is_found: bool) -> None:
+    """Take what a survey tells; what is declared must agree with it if it was found in files."""
     if dataset[key] is None:
         dataset[key] = told
     elif is_found and dataset[key] != told:

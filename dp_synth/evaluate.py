@@ -1,6 +1,7 @@
 """``python -m dp_synth.evaluate run=DIR``: what a run's synthetic data are worth."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +11,7 @@ from dp_synth.checks import whole
 from dp_synth.cli import command
 from dp_synth.data.folder import read_image_folder
 from dp_synth.errors import UserError
+from dp_synth.loggers.choice import log_run
 from dp_synth.pretraining import load_public
 from dp_synth.runs import Run
 from dp_synth.summary import print_metrics
@@ -19,8 +21,9 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
     """Measure synthetic data against the private data set and the baselines.
 
     Lists the look at private images in the statement, with the splits that it read: it is not
-    covered by eps. Where ``dataset.other_tests`` names further splits, synthetic data are tested on
-    them too. The metrics of the run's own ``samples/`` go to ``metrics.json`` and
+    covered by eps. A classifier that is trained on the private images by DP-SGD is a query with an
+    eps of its own, and listed as one. Where ``dataset.other_tests`` names further splits, synthetic
+    data are tested on them too. The metrics of the run's own ``samples/`` go to ``metrics.json`` and
     ``metrics_meta.json``.
 
     Args:
@@ -41,6 +44,12 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         evaluator=cfg.evaluator._target_,
         splits=["train", "test", *other_tests],
     )
+    plan = instantiate(own.privacy)
+
+    def record_query(query: dict[str, Any]) -> None:
+        statement = run.statement()
+        run.write_statement(statement | {"queries": [*statement["queries"], query]})
+
     metrics, meta = instantiate(cfg.evaluator)(
         synthetic=read_image_folder(samples),
         public_only=(
@@ -50,12 +59,25 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         real_test=load_images(own, split="test"),
         other_tests={split: load_images(own, split) for split in other_tests},
         public=load_public(own),
+        plan=plan if plan.private else None,
+        flip=OmegaConf.select(own, "dataset.flip", default=False),
+        record_query=record_query,
         seed=cfg.seed,
         local_dir=run.local_dir,
     )
     if samples.resolve() == run.samples_dir.resolve():
         run.write_metrics(metrics, meta)
     return metrics
+
+
+def check_test_images(cfg: DictConfig) -> None:
+    """Open what ``evaluate_run`` will test on, so that what is wrong with it shows before training.
+
+    Raises:
+        UserError: a split is not there, or an image of it cannot be read.
+    """
+    for split in ("test", *OmegaConf.select(cfg, "dataset.other_tests", default=[])):
+        load_images(cfg, split)
 
 
 @command("evaluate")
@@ -72,6 +94,8 @@ def main(cfg: DictConfig) -> None:
             f"python -m dp_synth.sample run={run.path}."
         )
     print_metrics(evaluate_run(run, cfg, samples))
+    if samples.resolve() == run.samples_dir.resolve():
+        log_run(run, run.config().logger)
 
 
 if __name__ == "__main__":

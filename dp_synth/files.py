@@ -1,7 +1,16 @@
-"""Writing files so that a crash leaves the old one or the new one."""
+"""Files of the program's own: where they are kept, and how they survive a crash."""
 
 import os
 from pathlib import Path
+
+
+def cache_folder(given: Path | str | None = None) -> Path:
+    """Where downloads, decoded images, public models and timings are kept between runs.
+
+    The given folder, else ``$DP_SYNTH_CACHE``, else ``~/.cache/dp_synth``. Commands give none, so
+    that ``make clean-cache`` always finds the private pixels that lie in it.
+    """
+    return Path(given or os.environ.get("DP_SYNTH_CACHE") or "~/.cache/dp_synth").expanduser()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,10 +3,11 @@
 from diffusers import UNet2DModel
 from omegaconf import DictConfig
 
-from dp_synth.building import build_logger, build_module
+from dp_synth.building import build_module, is_on
 from dp_synth.checkpoints import PeriodicCheckpoint, resume_point
 from dp_synth.data.images import Images
 from dp_synth.fitting import Interrupted, fit
+from dp_synth.loggers.journal import Journal
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.runs import Run
 from dp_synth.versions import versions
@@ -41,7 +42,7 @@ def fine_tune(
             plan,
             cfg.trainer,
             caption="fine-tuning",
-            logger=build_logger(cfg, run.logs_dir),
+            logger=Journal(run.journal_path) if is_on(cfg.logger) else None,
             checkpoints=PeriodicCheckpoint(run.checkpoints_dir, cfg.trainer.checkpoint_every),
             resume_from=resume_point(run.checkpoints_dir),
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -94,7 +96,7 @@ def fit(
     trainer_cfg: DictConfig,
     *,
     caption: str,
-    logger: Any = None,
+    logger: Logger | None = None,
     checkpoints: PeriodicCheckpoint | None = None,
     resume_from: Path | None = None,
 ) -> None:
@@ -107,7 +109,8 @@ def fit(
         plan: batches, their number, and the callbacks that make training private.
         trainer_cfg: the ``trainer`` group.
         caption: what the progress bar says.
-        logger: a Lightning logger, or None.
+        logger: a Lightning logger of a public phase. A private one is connected to none, whatever
+            is given: what callbacks and ``self.log`` say to the trainer's logger is dropped.
         checkpoints: where to save, or None for a phase that is cheap to repeat.
         resume_from: a checkpoint of this plan.
 
@@ -133,7 +136,7 @@ def fit(
         trainer_cfg,
         max_steps=plan.steps,
         callbacks=[*callbacks, *([checkpoints] if checkpoints else [])],
-        logger=logger if logger is not None else False,
+        logger=DummyLogger() if plan.private else logger or False,
     )
     data = ImageDataModule(
         images, lambda steps_taken: plan.batches(module.randomness, first_step=steps_taken)

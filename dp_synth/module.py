@@ -41,6 +41,8 @@ class MeanGradient:
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int) -> None:
         """Add the gradient of the mean row loss, and remember that loss: it is public."""
         count = len(rows[0])
+        if count == 0:  # none of the batch's examples could be read
+            return
         self.loss = 0.0
         for part in zip(*(tensor.split(self.micro_batch_size) for tensor in rows), strict=True):
             value = loss(*part).sum() / count

@@ -81,16 +81,15 @@ def carry_over(
     if predicts_variance(prior.config):
         for name in ("conv_out.weight", "conv_out.bias"):
             weights[name] = weights[name][: net.config.out_channels]
+    misfit = UserError(
+        "The public model does not fit model.network: pre-train it with the same network."
+    )
     try:
         missing, unexpected = net.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(
-            "The public model does not fit model.network: pre-train it with the same network."
-        ) from error
+        raise misfit from error
     if unexpected or set(missing) != {"class_embedding.weight"}:
-        raise UserError(
-            "The public model does not fit model.network: pre-train it with the same network."
-        )
+        raise misfit
     own_table = net.class_embedding.weight
     if table is None:
         own_table.zero_()

@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 import dp_synth
 from dp_synth.building import build_module, build_network
 from dp_synth.data.images import Images
+from dp_synth.files import cache_folder
 from dp_synth.fitting import fit
+from dp_synth.loggers.journal import Journal
 from dp_synth.privacy.plan import PublicPlan
 from dp_synth.runs import Run
 
@@ -29,7 +31,6 @@ def cache_key(cfg: DictConfig) -> str:
         "seed": cfg.seed,
         "version": dp_synth.__version__,
     }
-    relevant["public"].pop("cache")
     for key in ("lr", "trainable"):  # of the private phase
         relevant["model"].pop(key)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
@@ -52,8 +53,13 @@ def is_cached(cfg: DictConfig) -> bool:
     return "checkpoint" in cfg.public or _cached_run(cfg).has_model()
 
 
+def pretraining_journal(cfg: DictConfig) -> Path:
+    """Where the rows of the public phase are, if the public model was trained here."""
+    return _cached_run(cfg).journal_path
+
+
 def _cached_run(cfg: DictConfig) -> Run:
-    return Run(Path(cfg.public.cache).expanduser() / "pretrained" / cache_key(cfg))
+    return Run(cache_folder() / "pretrained" / cache_key(cfg))
 
 
 def pretrained(
@@ -62,7 +68,7 @@ def pretrained(
     """The public model and its class names: a published one, one from the cache, or trained now.
 
     Args:
-        cfg: the config of a run; ``public.cache`` is where the cache stands.
+        cfg: the config of a run.
         images: the public images, labelled; None where the model is there already.
 
     Returns:
@@ -90,10 +96,17 @@ def _pretrain(cfg: DictConfig, images: Images, directory: Path) -> None:
     )
     net = build_network(cfg, images.shape, len(images.classes))
     module = build_module(cfg, net, plan, lr=cfg.public.lr)
-    fit(module, images, plan, cfg.trainer, caption="public pre-training")
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    run = Run.create(staging, cfg)
+    # Not the whole config: where private images lie does not belong beside a public model.
+    public = {group: _resolved(cfg[group]) for group in ("public", "model", "trainer")}
+    run = Run.create(staging, OmegaConf.create(public))
+    journal = Journal(run.journal_path)
+    try:
+        fit(module, images, plan, cfg.trainer, caption="public pre-training", logger=journal)
+    except BaseException:
+        shutil.rmtree(staging)  # it is begun again, under the number of another process
+        raise
     run.write_statement(plan.statement(plan.steps, status="finished"))
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))
     try:

@@ -112,9 +112,7 @@ class PrivateProgress(_Progress):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Advance and log eps."""
+        """Advance and show eps; the loggers compute their curve from the plan, afterwards."""
         eps = self.eps(trainer.global_step)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics({"eps": eps}, step=trainer.global_step)
         self.bar.set_postfix_str(f"eps spent {eps:.2f}", refresh=False)
         self.bar.update()

@@ -10,9 +10,10 @@ from dp_synth.cli import command
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
 from dp_synth.privacy.wording import round_up
-from dp_synth.reporting import charts
-from dp_synth.reporting.comparison import accuracy_charts
-from dp_synth.reporting.content import odds_factor, read_content
+from dp_synth.reporting import bars, meaning
+from dp_synth.reporting.comparison import compare
+from dp_synth.reporting.content import read_content
+from dp_synth.reporting.numbers import decimal, figures
 from dp_synth.runs import Run
 
 
@@ -28,7 +29,8 @@ def report_runs(runs: list[Run], out: Path) -> None:
         out: the page; replaced if it is there.
 
     Raises:
-        UserError: no run is given, or the folder of ``out`` does not exist.
+        UserError: no run is given, the folder of ``out`` does not exist, or a file of a run is
+            damaged.
     """
     if not runs:
         raise UserError("runs=[] names no run; give runs=[DIR,...].")
@@ -36,7 +38,7 @@ def report_runs(runs: list[Run], out: Path) -> None:
         raise UserError(f"out={out} lies in no existing folder; make {out.parent} first.")
     contents = [read_content(run) for run in runs]
     page = _environment().get_template("page.html.j2")
-    html = page.render(runs=contents, charts=accuracy_charts(contents), version=__version__)
+    html = page.render(runs=contents, groups=compare(contents), version=__version__)
     write_atomically(out, html)
 
 
@@ -48,8 +50,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(round_up=round_up, odds_factor=odds_factor)
-    environment.globals.update(interval_bar=charts.interval_bar, scale_legend=charts.scale_legend)
+    environment.filters.update(
+        round_up=round_up,
+        figures=figures,
+        decimal=decimal,
+        odds_factor=meaning.odds_factor,
+        odds_after=meaning.odds_after,
+    )
+    environment.globals.update(
+        guess=meaning.guess, interval_bar=bars.interval_bar, scale_legend=bars.scale_legend
+    )
     return environment
 
 

@@ -1,6 +1,7 @@
 """``run=DIR resume=true``: the run's own config, whatever else was typed must agree with it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,10 +32,22 @@ def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 OmegaConf.update(stored, key, OmegaConf.select(cfg, key), merge=False)
             continue
         began_with, asked = OmegaConf.select(stored, key), OmegaConf.select(cfg, key)
-        if began_with != asked:
+        if not _agree(began_with, asked):
             raise UserError(
                 f"{override} is not what run={cfg.run} began with; a run is continued under the "
                 f"plan that it began with, so leave {key} out."
             )
     stored.run, stored.resume, stored.run_dir = cfg.run, True, cfg.run
     return stored
+
+
+def _agree(began_with: Any, asked: Any) -> bool:
+    """Whether a run began with a value; a group may leave open what ``declare`` then filled in."""
+    if isinstance(began_with, DictConfig) and isinstance(asked, DictConfig):
+        return all(
+            OmegaConf.is_missing(asked, key)
+            or asked[key] is None
+            or _agree(began_with.get(key), asked[key])
+            for key in asked
+        )
+    return bool(began_with == asked)

@@ -22,7 +22,7 @@ from dp_synth.files import write_atomically
 from dp_synth.versions import versions
 
 # What a stored config may have called; it may come from elsewhere with its run.
-_CALLABLE = ("dp_synth.", "diffusers.", "lightning.pytorch.loggers.")
+_CALLABLE = ("dp_synth.", "diffusers.")
 
 
 def default_run_dir(run: str | None, dataset: str, eps: float | None) -> str:
@@ -54,8 +54,19 @@ class Run:
         self.public_only_dir = self.path / "public" / "samples"
         self.public_examples_dir = self.path / "public" / "examples"
         self.logs_dir = self.path / "logs"
+        self.journal_path = self.logs_dir / "journal.jsonl"  # of training without privacy
         self.local_dir = self.path / "local"  # shows private images; never part of a release
         self.report_path = self.path / "report.html"
+
+    @classmethod
+    def refuse_taken(cls, path: str | Path) -> None:
+        """UserError where a directory already holds a run."""
+        run = cls(path)
+        if run.config_path.exists():
+            raise UserError(
+                f"run_dir={run.path} already holds a run; choose another run_dir, or continue it "
+                f"with run={run.path} resume=true."
+            )
 
     @classmethod
     def create(cls, path: str | Path, cfg: DictConfig) -> "Run":
@@ -64,12 +75,8 @@ class Run:
         Raises:
             UserError: the directory already holds a run, or cannot be written.
         """
+        cls.refuse_taken(path)
         run = cls(path)
-        if run.config_path.exists():
-            raise UserError(
-                f"run_dir={run.path} already holds a run; choose another run_dir, or continue it "
-                f"with run={run.path} resume=true."
-            )
         run.path.mkdir(parents=True, exist_ok=True)
         resolved = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(resolved, dict)

@@ -12,9 +12,10 @@ from dp_synth.building import build_network, check_config, is_on, load_images
 from dp_synth.cli import command
 from dp_synth.declaration import declare
 from dp_synth.errors import UserError
-from dp_synth.evaluate import evaluate_run
+from dp_synth.evaluate import check_test_images, evaluate_run
 from dp_synth.finetuning import fine_tune
 from dp_synth.fitting import Interrupted
+from dp_synth.loggers.choice import log_run
 from dp_synth.networks import carry_over
 from dp_synth.pretraining import load_public, pretrained
 from dp_synth.report import report_runs
@@ -35,7 +36,8 @@ def train(cfg: DictConfig, path: str) -> Run:
         The finished run.
 
     Raises:
-        UserError: something in the config cannot work; raised before a private image is read.
+        UserError: something in the config cannot work, raised before a private image is read; or
+            something in the images, raised before a run is begun.
         Interrupted: training was stopped after a whole step; the run can be continued.
     """
     declare(cfg)
@@ -44,11 +46,16 @@ def train(cfg: DictConfig, path: str) -> Run:
     sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
     public = load_public(cfg)
 
+    if not cfg.resume:
+        Run.refuse_taken(path)
+    images = load_images(cfg, split="train")
+    if sampler is not None and is_on(cfg.evaluator):
+        check_test_images(cfg)
+
     run = Run.open(path) if cfg.resume else Run.create(path, cfg)
     with run.locked():
         prior = pretrained(cfg, public) if is_on(cfg.public) else None
 
-        images = load_images(cfg, split="train")
         net = build_network(cfg, images.shape, len(images.classes))
         if prior is not None:
             carry_over(*prior, net, images.classes)
@@ -61,6 +68,7 @@ def train(cfg: DictConfig, path: str) -> Run:
             if is_on(cfg.evaluator):
                 evaluate_run(run, cfg)
         report_runs([run], run.report_path)
+        log_run(run, cfg.logger)
     return run
 
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from dp_synth.cli import conf_dir
 from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion, TimestepLaw
+from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule
 from dp_synth.networks import unet
 from dp_synth.runs import Run, default_run_dir
@@ -81,6 +82,15 @@ def command(capfd, tmp_path, monkeypatch):
         return Outcome(code, *capfd.readouterr())
 
     return run
+
+
+def refusal(call, *arguments, **options):
+    """The one sentence that a call is refused with."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **options)
+    message = str(error.value)
+    assert message.isprintable() and message.endswith(".")
+    return message
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refusal
 from PIL import Image
 
 from dp_synth.data import cache, decoding, journal
@@ -80,13 +81,6 @@ def load(listing, directory, resolution=6, channels=3, **options):
 def home_of(directory):
     (home,) = [path for path in directory.iterdir() if path.is_dir()]
     return home
-
-
-def refusal(*args, **options):
-    with pytest.raises(UserError) as error:
-        load(*args, **options)
-    assert str(error.value).isprintable() and str(error.value).endswith(".")
-    return str(error.value)
 
 
 # --- what it holds
@@ -352,7 +346,7 @@ def test_raise_names_the_first_in_the_listing_and_skip_goes_on_from_there(tmp_pa
     listing = write_images(tmp_path / "images", 50)
     for place in (30, 31, 45):
         (tmp_path / "images" / listing.names[place]).write_bytes(b"broken")
-    assert listing.names[30] in refusal(listing, tmp_path / "cache")
+    assert listing.names[30] in refusal(load, listing, tmp_path / "cache")
     decoded.clear()
     assert len(load(listing, tmp_path / "cache", on_error="skip")) == 47
     assert len(decoded) == 50 - 28
@@ -371,7 +365,7 @@ def test_a_cache_that_lacks_images_does_not_serve_raise(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "decode", failing)
         assert load(listing, tmp_path / "cache", on_error="skip").missing == 1
-        assert denied in refusal(listing, tmp_path / "cache")
+        assert denied in refusal(load, listing, tmp_path / "cache")
         assert load(listing, tmp_path / "cache", on_error="skip").missing == 1
     images = load(listing, tmp_path / "cache")
     assert images.missing == 0 and (images.pixels == one_by_one(listing)).all()
@@ -383,7 +377,7 @@ def test_nothing_readable_is_an_error_and_leaves_nothing(tmp_path, on_error):
     listing = write_images(tmp_path / "images", 9)
     for name in listing.names:
         (tmp_path / "images" / name).write_bytes(b"broken")
-    assert listing.names[0] in refusal(listing, tmp_path / "cache", on_error=on_error)
+    assert listing.names[0] in refusal(load, listing, tmp_path / "cache", on_error=on_error)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name[0] != "."]
 
 
@@ -411,7 +405,7 @@ def test_what_changes_midway_ends_in_a_sentence_and_keeps_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "read", disturbed)
-        message = refusal(listing, tmp_path / "cache", on_error=on_error)
+        message = refusal(load, listing, tmp_path / "cache", on_error=on_error)
     assert str(tmp_path / "images") in message
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name[0] != "."]
     if mishap == "folder vanishes":
@@ -426,7 +420,7 @@ def test_what_changes_midway_ends_in_a_sentence_and_keeps_what_is_done(
 def test_a_missing_file_is_found_before_anything_is_decoded(tmp_path, decoded):
     listing = write_images(tmp_path / "images", 20)
     (tmp_path / "images" / listing.names[19]).unlink()
-    assert listing.names[19] in refusal(listing, tmp_path / "cache")
+    assert listing.names[19] in refusal(load, listing, tmp_path / "cache")
     assert not decoded
 
 
@@ -435,15 +429,15 @@ def test_a_missing_file_is_found_before_anything_is_decoded(tmp_path, decoded):
 
 def test_wrong_arguments_name_the_key(tmp_path):
     listing = write_images(tmp_path / "images", 2)
-    assert "dataset.on_error" in refusal(listing, tmp_path / "cache", on_error="ignore")
-    assert "dataset.resolution" in refusal(listing, tmp_path / "cache", resolution=0)
-    assert "channels" in refusal(listing, tmp_path / "cache", channels=2)
+    assert "dataset.on_error" in refusal(load, listing, tmp_path / "cache", on_error="ignore")
+    assert "dataset.resolution" in refusal(load, listing, tmp_path / "cache", resolution=0)
+    assert "channels" in refusal(load, listing, tmp_path / "cache", channels=2)
 
 
 def test_a_place_that_cannot_hold_a_cache_names_the_variable(tmp_path):
     listing = write_images(tmp_path / "images", 2)
     (tmp_path / "file").write_bytes(b"")
-    message = refusal(listing, tmp_path / "file" / "cache")
+    message = refusal(load, listing, tmp_path / "file" / "cache")
     assert "DP_SYNTH_CACHE" in message and str(tmp_path / "file") in message
 
 
@@ -451,7 +445,7 @@ def test_too_small_a_disk_is_found_before_anything_is_decoded(tmp_path, monkeypa
     listing = write_images(tmp_path / "images", 20)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    assert "DP_SYNTH_CACHE" in refusal(listing, tmp_path / "cache")
+    assert "DP_SYNTH_CACHE" in refusal(load, listing, tmp_path / "cache")
     assert not decoded
 
 
@@ -466,7 +460,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(tmp_path, monkeypatch, decoded)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
-        message = refusal(listing, tmp_path / "cache")
+        message = refusal(load, listing, tmp_path / "cache")
     assert "DP_SYNTH_CACHE" in message and "No space" in message
     decoded.clear()
     assert (load(listing, tmp_path / "cache").pixels == one_by_one(listing)).all()

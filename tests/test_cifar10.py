@@ -4,11 +4,14 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision
+from conftest import refusal
 from published_fixtures import CIFAR10_CLASSES, cifar10_batch, random_rows, write_cifar10
 
 from dp_synth.data import cifar10
@@ -17,15 +20,6 @@ from dp_synth.data.unpickling import unpickle
 from dp_synth.errors import UserError
 
 FOLDER = "cifar-10-batches-py"
-
-
-def refusal(call, *arguments, **options):
-    """The one sentence that a call is refused with."""
-    with pytest.raises(UserError) as error:
-        call(*arguments, **options)
-    message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
 
 
 def md5(path):
@@ -300,6 +294,45 @@ def test_a_pickle_cannot_change_what_reads_the_next_one():
     rows = random_rows(2)
     good = unpickle(io.BytesIO(cifar10_batch(rows, [1, 2])), Path("batch"))
     assert (good["data"] == rows).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}r\xff\xff\xff\x07.",  # to be remembered as number 134,217,727
+        b"\x80\x05\x96\x00\x00\x00\x40\x00\x00\x00\x00.",  # 1 GiB of bytes follows
+    ],
+)
+def test_a_pickle_gets_no_more_memory_than_it_has_bytes(content):
+    """The peak is that of a process that does nothing else, where no earlier one hides it."""
+    script = (
+        "import io, resource; from pathlib import Path\n"
+        "from dp_synth.data.unpickling import UserError, unpickle\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"try: unpickle(io.BytesIO({content!r}), Path('batch'))\n"
+        "except UserError: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 200_000  # KiB
+
+
+def test_what_a_pickle_asks_for_is_printable():
+    content = b"\x80\x04\x8c\x06os\n\x1b[2\x8c\x06system\x93."
+    message = refusal(unpickle, io.BytesIO(content), Path("batch"))
+    assert message.isprintable() and "asks for" in message
+
+
+def test_labels_are_not_unfolded():
+    """Lists in lists, or one long text among many: NumPy would make 50^7 numbers, 40 GB of text."""
+    nested = [0] * 50
+    for _ in range(6):
+        nested = [nested] * 50
+    for labels in (nested, ["a" * 100_000] + [""] * 100_000, [1 << 100], [True], [1.5], None):
+        batch = {"data": random_rows(1), "labels": labels}
+        assert "no integers" in refusal(read_batch, batch, Path("batch"), classes=10)
 
 
 def test_broken_pickles_are_one_sentence():

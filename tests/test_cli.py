@@ -106,13 +106,32 @@ def test_a_mistake_that_only_the_run_can_find(command, tmp_path, overrides, word
 
 @pytest.mark.parametrize("module", [train, plan])
 @pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("privacy.unit=patient", "privacy.unit=patient"),
+        ("+dataset.unit=patient", "privacy.unit=patient"),
+        ("privacy.num_examples=1500", "leave privacy.num_examples out"),
+        ("dataset.image_shape=[a,8,8]", "dataset.image_shape"),
+        ("dataset.name=???", "dataset.name is required"),
+    ],
+)
+def test_the_plan_is_about_the_examples_that_are_loaded(
+    command, tmp_path, module, unread, override, words
+):
+    outcome = command(module, *SHORT, "public=none", f"run_dir={tmp_path}/run", override)
+    assert_refused(outcome, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [train, plan])
+@pytest.mark.parametrize(
     ("override", "would_work"),
     [
         ("public.lr=-1", "above 0"),
         ("public.steps=0", "1 or more"),
         ("public.batch_size=0", "1 or more"),
         ("sampler.guidance=abc", "0 or more"),
-        ("evaluator.validation_fraction=1", "less than 1"),
+        ("evaluator.utility.validation_fraction=1", "less than 1"),
     ],
 )
 def test_a_mistake_in_any_phase_shows_before_the_first(

@@ -23,6 +23,11 @@ ASKED = {
         "dataset.num_examples=1009",
         "dataset.num_classes=2",
     ),
+    # Inception's weights may not be at hand.
+    **{
+        f"evaluator={option}": ("evaluator.fidelity.features=[efficientnet_lite0]",)
+        for option in ("paper", "dpimagebench", "dpimagebench_cifar")
+    },
     "public=image_folder": ("public.root=elsewhere",),
     "public=checkpoint": ("public.path=published", "dataset.image_shape=[1,4,4]"),
 }
@@ -68,7 +73,7 @@ def test_every_option_composes_and_names_what_exists(group, option):
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
-def test_every_option_can_be_built(group, option, tmp_path):
+def test_every_option_can_be_built(group, option):
     """All but what reads images, and what needs the hardware."""
     cfg = declared(f"{group}={option}")
     shape, classes = tuple(cfg.dataset.image_shape), cfg.dataset.num_classes
@@ -78,10 +83,8 @@ def test_every_option_can_be_built(group, option, tmp_path):
     plan = instantiate(cfg.privacy)
     assert plan.num_examples == cfg.dataset.num_examples
     assert plan.private is (option != "none" or group != "privacy")
-    for built in (cfg.sampler, cfg.evaluator):
+    for built in (cfg.sampler, cfg.evaluator, cfg.logger):
         assert not is_on(built) or callable(instantiate(built))
-    if is_on(cfg.logger):
-        instantiate(cfg.logger)(save_dir=tmp_path, name="", version="")
     if cfg.trainer.accelerator == "cpu":
         lightning.Trainer(
             accelerator=cfg.trainer.accelerator,

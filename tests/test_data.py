@@ -212,7 +212,7 @@ def test_writing_overwrites_nothing(tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.png")} == before
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b"])
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a\nb", "é" * 128])
 def test_class_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     images = Images(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int64), ("fine", name))
     with pytest.raises(UserError, match="rename the class"):
@@ -231,7 +231,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no class folders"):
         read_image_folder(tmp_path)
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="no class folders with images"):
         read_image_folder(tmp_path)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match=r"a holds files but no image"):
@@ -245,7 +245,7 @@ def test_a_broken_image_is_named(tmp_path: Path, keep: int) -> None:
     whole = broken.read_bytes()
     assert len(whole) > 61
     broken.write_bytes(whole[: min(keep, len(whole) - 30)])
-    with pytest.raises(UserError, match="000001.png is not a readable image"):
+    with pytest.raises(UserError, match=r"000001.png is not (a readable|an) image"):
         read_image_folder(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_a_second_size_and_16_bits_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4x3"):
         read_image_folder(tmp_path)
     Image.fromarray(np.zeros((5, 7), np.uint16)).save(tmp_path / "bee" / "odd.png")
-    with pytest.raises(UserError, match="odd.png has pixel mode I;16"):
+    with pytest.raises(UserError, match="odd.png has more than 8 bits"):
         read_image_folder(tmp_path)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import Outcome
+from PIL import Image
 from published_fixtures import write_cifar10, write_imagenet32, write_mnist_like
 from tissue import write_camelyon17
 
@@ -129,3 +130,23 @@ def test_the_data_modules_serve_a_plans_batches(tmp_path):
     assert len(batches) == 4
     for batch in batches:
         assert batch.pixels.shape == (len(batch.indices), 3, 32, 32)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_broken_image_of_any_split_shows_before_a_run_is_begun(command, tmp_path, split):
+    for number in range(22):
+        path = tmp_path / "data" / ("train", "test")[number % 2] / "tissue" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+    broken = next((tmp_path / "data" / split).rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:50])
+    outcome = command(
+        train,
+        "dataset=image_folder",
+        "dataset.name=mine",
+        f"dataset.root={tmp_path}/data",
+        "public.load.num_images=40",
+        *TINY,
+    )
+    assert outcome.code == 2 and str(broken) in outcome.err
+    assert not (tmp_path / "run").exists()

@@ -10,12 +10,12 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torchvision
+from conftest import refusal
 from published_fixtures import idx, write_mnist_like
 
 from dp_synth.data import fashion_mnist, mnist
 from dp_synth.data.idx import count_items
 from dp_synth.data.idx import read as read_idx
-from dp_synth.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SETS = [
@@ -31,15 +31,6 @@ def installed():
     if not (DEBIAN / "train-images-idx3-ubyte.gz").is_file():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     return DEBIAN
-
-
-def refusal(call, *arguments, **options):
-    """The one sentence that a call is refused with."""
-    with pytest.raises(UserError) as error:
-        call(*arguments, **options)
-    message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
 
 
 # --- IDX

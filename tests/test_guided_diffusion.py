@@ -9,7 +9,8 @@ from guided_diffusion_net import GuidedDiffusionNet
 from safetensors.torch import save_file
 
 from dp_synth.errors import UserError
-from dp_synth.guided_diffusion import GuidedDiffusionWeights, Layout
+from dp_synth.guided_diffusion import GuidedDiffusionWeights
+from dp_synth.guided_diffusion_layout import Layout
 
 # What the papers train, small: (what the network is, the width of its attention heads).
 IMPROVED_CIFAR = {

@@ -623,7 +623,7 @@ def test_a_split_without_images(tmp_path):
     [
         ({"test_fraction": -0.1}, r"dataset\.test_fraction=-0\.1 must be a number from 0 to 1"),
         ({"test_fraction": "a"}, r"dataset\.test_fraction='a'"),
-        ({"max_images_per_unit": 3}, r"dataset\.max_images_per_unit needs dataset\.unit"),
+        ({"max_images_per_unit": 3}, r"dataset\.max_images_per_unit=3 needs dataset\.unit"),
         ({"max_images_per_unit": 0, "unit": "patient_id"}, r"dataset\.max_images_per_unit=0"),
         ({"unit": "patient"}, r"dataset\.unit=patient is no further column of .*labels\.csv"),
         ({"unit": "label"}, r"dataset\.unit=label is no further column"),

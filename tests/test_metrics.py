@@ -1,317 +1,23 @@
-"""Utility and fidelity: against closed forms, and against what chance would give."""
+"""The quick evaluator against what chance would give."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from scipy.linalg import sqrtm
-from torch import nn
+from toy_images import mislabelled, shuffled, toy, train
 
-from dp_synth.data import digits
 from dp_synth.data.images import Images
-from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
-from dp_synth.metrics.classifiers import (
-    SmallCNN,
-    _bend,
-    _shift,
-    predict,
-    probabilities,
-    train_classifier,
-)
-from dp_synth.metrics.estimates import accuracy, class_recall
+from dp_synth.metrics.classifiers import predict
 from dp_synth.metrics.evaluator import Evaluator
-from dp_synth.metrics.fidelity import ClassifierFeatures, Fidelity, frechet_distance
+from dp_synth.metrics.fidelity import Fidelity
 from dp_synth.metrics.names import split_accuracies
 from dp_synth.metrics.utility import Utility
-
-train = functools.partial(
-    train_classifier,
-    steps=60,
-    batch_size=32,
-    lr=3e-3,
-    weight_decay=0.01,
-    label_smoothing=0.05,
-    elastic=0.3,
-    width=8,
-    device="cpu",
-)
-PLACES = 4  # of a toy image's bright bar: its class
-
-
-def toy(n: int, seed: int, channels: int = 1, side: int = 8) -> Images:
-    """A bright horizontal bar at one of four heights, in noise."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(PLACES, size=n)
-    pixels = rng.integers(0, 80, size=(n, side, side, channels), dtype=np.uint8)
-    for row, label in zip(pixels, labels, strict=True):
-        start = label * side // PLACES
-        row[start : start + side // PLACES] += 150
-    return Images(pixels, labels, tuple("abcd"))
-
-
-def shuffled(images: Images, seed: int = 0) -> Images:
-    labels = np.random.default_rng(seed).permutation(images.labels)
-    return Images(images.pixels, labels, images.classes)
-
-
-def mislabelled(images: Images) -> Images:
-    return Images(images.pixels, (images.labels + 1) % PLACES, images.classes)
-
-
-def mapped(images: Images, path: Path) -> Images:
-    """The same images, their pixels read-only in a file."""
-    images.pixels.tofile(path)
-    pixels = np.memmap(path, np.uint8, "r", shape=images.pixels.shape)
-    return Images(pixels, images.labels, images.classes)
-
-
-def noisy(images: Images, scale: float) -> Images:
-    noise = np.random.default_rng(0).normal(0, scale, images.pixels.shape)
-    pixels = np.clip(images.pixels + noise, 0, 255).astype(np.uint8)
-    return Images(pixels, images.labels, images.classes)
-
-
-# --- utility ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 7), (3, 7), (353, 360), (360, 360)])
-def test_interval_is_the_root_of_wilsons_equation(hits: int, n: int) -> None:
-    images = Images(np.zeros((n, 8, 8, 1), np.uint8), np.zeros(n, np.int64), ("a", "b"))
-    predicted = (np.arange(n) >= hits).astype(np.int64)
-    estimate = accuracy(predicted, images)
-    z = 1.959963984540054
-    p = hits / n
-    # (p - u)^2 = z^2 u (1 - u) / n, solved for u
-    roots = np.roots([1 + z**2 / n, -(2 * p + z**2 / n), p**2]).real
-    assert estimate.value == p and estimate.n == n
-    assert estimate.ci_low == pytest.approx(min(roots), abs=1e-7)
-    assert estimate.ci_high == pytest.approx(max(roots), abs=1e-7)
-
-
-def test_accuracy_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 images"):
-        accuracy(np.zeros(0, np.int64), toy(0, 0))
-
-
-def test_recall_counts_each_class_and_leaves_out_absent_ones() -> None:
-    labels = np.array([0, 0, 0, 2, 2], np.int64)
-    images = Images(np.zeros((5, 8, 8, 1), np.uint8), labels, ("a", "b", "c"))
-    recall = class_recall(np.array([0, 1, 0, 2, 0], np.int64), images)
-    assert list(recall) == ["a", "c"]
-    assert (recall["a"].value, recall["a"].n) == (pytest.approx(2 / 3), 3)
-    assert (recall["c"].value, recall["c"].n) == (0.5, 2)
-
-
-@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 8), (1, 13)])
-def test_classifier_learns_classes(channels: int, side: int) -> None:
-    model = train(toy(500, 1, channels, side), seed=0, max_shift=0)
-    test = toy(300, 2, channels, side)
-    assert accuracy(predict(model, test), test).value > 0.97
-
-
-def test_classifier_finds_nothing_in_shuffled_labels() -> None:
-    images = shuffled(toy(1500, 1))
-    model = train(images.select(np.arange(500)), seed=0)
-    test = images.select(np.arange(500, 1500))
-    estimate = accuracy(predict(model, test), test)
-    # Five standard deviations around chance; the classes are drawn uniformly.
-    assert abs(estimate.value - 1 / PLACES) < 5 * math.sqrt(0.25 * 0.75 / 1000)
-
-
-def test_classifier_reads_handwritten_digits() -> None:
-    model = train(digits.load("train"), steps=200, batch_size=64, width=16, seed=0)
-    test = digits.load("test")
-    assert accuracy(predict(model, test), test).ci_high > 0.98
-
-
-def test_training_is_a_function_of_its_seed_and_leaves_global_random_state() -> None:
-    images = toy(37, 0)
-    before = torch.get_rng_state()
-    numpy_before = np.random.get_state()[1].copy()  # type: ignore[index]
-    first = train(images, steps=3, seed=5)
-    assert torch.equal(before, torch.get_rng_state())
-    assert np.array_equal(numpy_before, np.random.get_state()[1])  # type: ignore[index]
-    torch.rand(3)
-    again, other = train(images, steps=3, seed=5), train(images, steps=3, seed=6)
-    weights = [m.head.weight for m in (first, again, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-@pytest.mark.parametrize("n", [1, 2, 31])
-def test_fewer_images_than_a_batch(n: int) -> None:
-    images = toy(n, 0)
-    model = train(images, steps=40, seed=0, max_shift=0)
-    assert accuracy(predict(model, images), images).value == 1
-
-
-def test_no_image_to_train_on_is_refused() -> None:
-    with pytest.raises(UserError, match="0 images"):
-        train(toy(0, 0), seed=0)
-
-
-@pytest.mark.parametrize("setting", ["steps", "batch_size"])
-def test_a_training_without_steps_is_refused(setting: str) -> None:
-    with pytest.raises(UserError, match=f"{setting}=0"):
-        train(toy(3, 0), seed=0, **{setting: 0})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("most", "height", "width"), [(0, 3, 5), (1, 8, 8), (2, 5, 7)])
-def test_shifted_images_are_the_crops_of_an_edge_padded_one(
-    most: int, height: int, width: int
-) -> None:
-    image = torch.randn(2, height, width)
-    generator = torch.Generator().manual_seed(0)
-    shifted = _shift(image.expand(400, 2, height, width), most, generator)
-    padded = np.pad(image.numpy(), ((0, 0), (most, most), (most, most)), mode="edge")
-    span = range(2 * most + 1)
-    crops = {padded[:, i : i + height, j : j + width].tobytes() for i in span for j in span}
-    assert {view.numpy().tobytes() for view in shifted.contiguous()} == crops
-
-
-def test_a_bend_moves_pixels_by_about_the_asked_distance() -> None:
-    # In an image of a slope of 1, the change of a pixel is its displacement.
-    slope = torch.arange(40.0).expand(500, 1, 40, 40)
-    bent = _bend(slope, 0.5, torch.Generator().manual_seed(0))
-    inside = (bent - slope)[..., 5:-5]
-    assert abs(inside.mean()) < 0.05
-    assert 0.3 < inside.std() < 0.6
-    neighbours = (inside[..., 1:, :] - inside[..., :-1, :]).std()
-    assert neighbours < 0.1  # smooth
-
-
-def test_no_bend_changes_nothing() -> None:
-    x = torch.randn(3, 1, 8, 8)
-    assert torch.equal(_bend(x, 0.0, torch.Generator()), x)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 8), (1, 28, 28), (3, 64, 64), (3, 8, 37)])
-@pytest.mark.parametrize("num_classes", [1, 7])
-def test_network_fits_images_of_any_side(shape: tuple[int, int, int], num_classes: int) -> None:
-    model = SmallCNN(shape, num_classes, width=4, num_features=11).eval()
-    x = torch.randn(2, *shape)
-    assert model.features(x).shape == (2, 11)
-    assert model(x).shape == (2, num_classes)
-
-
-def test_network_refuses_images_that_are_too_small() -> None:
-    with pytest.raises(UserError, match="7x8"):
-        SmallCNN((1, 7, 8), 10)
-
-
-@pytest.mark.parametrize("n", [0, 1, 13])
-def test_predictions_do_not_depend_on_the_batch(n: int) -> None:
-    images = toy(n, 3)
-    model = SmallCNN(images.shape, PLACES, width=4).eval()
-    whole, pieces = probabilities(model, images), probabilities(model, images, batch_size=5)
-    assert whole.shape == (n, PLACES)
-    np.testing.assert_allclose(whole.sum(axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(whole, pieces, atol=1e-6)
-    assert predict(model, images).shape == (n,) and predict(model, images).dtype == np.int64
-
-
-def test_images_in_a_file_are_as_good_and_only_batches_of_them_become_floats(
-    tmp_path, monkeypatch, recwarn
-) -> None:
-    images = toy(101, 0, channels=3)
-    in_a_file = mapped(images, tmp_path / "pixels")
-    converted: list[int] = []
-
-    def spy(pixels: np.ndarray) -> torch.Tensor:
-        converted.append(len(pixels))
-        return to_float(pixels)
-
-    monkeypatch.setattr("dp_synth.metrics.classifiers.to_float", spy)
-    models = [train(one, steps=5, batch_size=16, seed=0) for one in (images, in_a_file)]
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(a, b)
-    rows = [probabilities(models[0], one, batch_size=13) for one in (images, in_a_file)]
-    np.testing.assert_array_equal(*rows)
-    assert max(converted) == 16
-    assert not recwarn.list
-
-
-# --- fidelity --------------------------------------------------------------------------------
-
-
-class Pixels(nn.Module):
-    """The pixels themselves as features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.flatten(1).double()
-
-
-def closed_form(a: np.ndarray, b: np.ndarray) -> float:
-    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(means + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
-
-
-def gaussian(n: int, seed: int, mean: float, std: float) -> Images:
-    rng = np.random.default_rng(seed)
-    mixed = rng.normal(0, 1, (n, 6)) @ rng.normal(0, 1, (6, 6))
-    pixels = np.clip(mean + std * mixed, 0, 255).astype(np.uint8).reshape(n, 3, 2, 1)
-    return Images(pixels, np.zeros(n, np.int64), ("a",))
-
-
-@pytest.mark.parametrize(("n", "m"), [(53, 97), (500, 101)])
-def test_frechet_distance_is_the_closed_form(n: int, m: int) -> None:
-    a, b = gaussian(n, 1, 120, 10), gaussian(m, 2, 90, 15)
-    expected = closed_form(a.pixels.reshape(n, 6), b.pixels.reshape(m, 6))
-    assert frechet_distance(a, b, Pixels(6), batch_size=17) == pytest.approx(expected, rel=1e-5)
-
-
-def test_frechet_distance_is_zero_to_itself_and_grows_with_noise() -> None:
-    images = toy(400, 0)
-    features = ClassifierFeatures(train(toy(300, 7), seed=0))
-    distances = [
-        frechet_distance(images, noisy(images, scale), features) for scale in (0, 20, 60, 150)
-    ]
-    assert 0 <= distances[0] < 1e-4
-    assert distances == sorted(distances)
-    assert distances[1] > 100 * distances[0]
-
-
-def test_frechet_distance_of_images_in_a_file_is_the_same(tmp_path, recwarn) -> None:
-    a, b = gaussian(53, 1, 120, 10), gaussian(97, 2, 90, 15)
-    in_memory = frechet_distance(a, b, Pixels(6), batch_size=17)
-    files = (mapped(a, tmp_path / "a"), mapped(b, tmp_path / "b"))
-    assert frechet_distance(*files, Pixels(6), batch_size=17) == in_memory
-    assert not [warning for warning in recwarn.list if "writable" in str(warning.message)]
-
-
-def test_classifier_features_are_its_penultimate_layer() -> None:
-    images = toy(5, 0)
-    model = SmallCNN(images.shape, PLACES, width=4)
-    features = ClassifierFeatures(model)(torch.tensor(images.pixels).permute(0, 3, 1, 2))
-    expected = probabilities(model, images)
-    assert features.shape == (5, model.num_features)
-    np.testing.assert_allclose(
-        model.head(features).softmax(1).detach().numpy(), expected, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 9), (9, 1), (0, 9)])
-def test_frechet_distance_of_one_image_is_refused(n: int, m: int) -> None:
-    with pytest.raises(ValueError, match="2 or more"):
-        frechet_distance(toy(n, 0), toy(m, 0), Pixels(64))
-
-
-# --- the quick evaluator ---------------------------------------------------------------------
 
 
 def evaluate(
@@ -341,17 +47,22 @@ INTERVALS = [
     "utility/accuracy.real",
     "utility/accuracy.synthetic_validation",
 ]
-FRECHET = [f"fidelity/frechet.classifier{s}" for s in ("", ".public_only", ".real_floor")]
+FIDELITY = [
+    f"fidelity/{metric}.classifier{suffix}"
+    for metric in ("frechet", "kid", "precision", "recall", "density", "coverage")
+    for suffix in ("", ".public_only", ".real_floor")
+]
 
 
 def test_evaluator_gives_the_metrics_of_the_contract(evaluated) -> None:
     metrics, meta = evaluated
-    ends = [f"{name}.{end}" for name in INTERVALS for end in ("ci_low", "ci_high")]
+    ends = [f"{name}.{end}" for name in INTERVALS + FIDELITY for end in ("ci_low", "ci_high")]
     recall = [f"utility/recall.{name}" for name in "abcd"]
-    assert set(metrics) == {*INTERVALS, *ends, *recall, *FRECHET}
+    calibration = "utility/calibration_error"
+    assert set(metrics) == {*INTERVALS, *ends, *recall, calibration, *FIDELITY}
     assert set(meta) == set(metrics)
     assert json.loads(json.dumps([metrics, meta], allow_nan=False)) == [metrics, meta]
-    for name in INTERVALS:
+    for name in INTERVALS + FIDELITY:
         assert metrics[f"{name}.ci_low"] <= metrics[name] <= metrics[f"{name}.ci_high"]
 
 
@@ -367,7 +78,7 @@ def test_meta_counts_the_images(evaluated) -> None:
     assert meta["utility/accuracy"]["n"] == 83
     assert meta["utility/accuracy.synthetic_validation"]["n"] == 20
     assert sum(meta[f"utility/recall.{name}"]["n"] for name in "abcd") == 83
-    assert {meta[name]["n"] for name in FRECHET} == {83}
+    assert {meta[name]["n"] for name in FIDELITY} == {83}
 
 
 def test_good_synthetic_images_score_as_real_ones_and_bad_baselines_do_not(evaluated) -> None:

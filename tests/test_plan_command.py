@@ -8,7 +8,7 @@ from conftest import compose, files_below
 
 from dp_synth import plan
 from dp_synth.building import build_network
-from dp_synth.data import digits, folder, font_digits
+from dp_synth.data import digits, font_digits
 from dp_synth.data.images import Images
 from dp_synth.privacy import accounting
 
@@ -22,7 +22,6 @@ def no_data(monkeypatch):
 
     monkeypatch.setattr(digits, "load", missing)
     monkeypatch.setattr(font_digits, "load", missing)
-    monkeypatch.setattr(folder, "read_image_folder", missing)
     monkeypatch.setattr(Images, "__post_init__", missing)
 
 
@@ -40,9 +39,12 @@ def priced(command, no_data, tmp_path):
     return price
 
 
-def test_the_numbers_agree_with_each_other_and_with_the_config(priced, tmp_path_factory):
+def test_the_numbers_agree_with_each_other_and_with_the_config(
+    priced, tmp_path_factory, monkeypatch
+):
     # With a cache of its own: a public model that is there costs no hours.
-    printed, price = priced(f"public.cache={tmp_path_factory.mktemp('cache')}")
+    monkeypatch.setenv("DP_SYNTH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    printed, price = priced()
     cfg = compose("experiment=smoke")
     assert price["dataset"] == "digits" and price["num_examples"] == cfg.dataset.num_examples
     assert price["sample_rate"] == cfg.privacy.batch_size / cfg.dataset.num_examples

@@ -344,7 +344,10 @@ def test_the_averaged_weights_are_the_warmed_up_average_of_the_visited_ones(trai
 
 @pytest.fixture
 def spoken(trainer_cfg, capfd, caplog, tmp_path):
-    """A function that trains and returns all that was printed, logged and written."""
+    """A function that trains and returns all that was printed, logged and written.
+
+    The Lightning logger that it hands in would write whatever it is told.
+    """
 
     def speak(name, **options):
         caplog.set_level("WARNING", logger="lightning.pytorch")  # as every command does
@@ -369,7 +372,7 @@ def test_nothing_that_is_shown_or_logged_depends_on_the_private_images(spoken):
     ]
     assert all(each == said[0] for each in said)
     out, err, messages, files = said[0]
-    assert files["metrics.csv"].splitlines()[0].split(",") == ["eps", "step"]
+    assert files == {}
     assert out == "" and messages == []
     assert f"{STEPS}/{STEPS} steps, eps spent" in err
 

@@ -23,7 +23,7 @@ from dp_synth.errors import UserError
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.privacy.wording import round_up
 from dp_synth.report import report_runs
-from dp_synth.reporting import charts
+from dp_synth.reporting import scales
 from dp_synth.reporting.content import read_content
 from dp_synth.reporting.grids import read_grid
 from dp_synth.runs import Run, write_samples
@@ -413,7 +413,7 @@ def test_eps_is_never_rounded_down():
     ("low", "high"), [(0, 0), (0, 1), (0.13, 1), (0, 9.99), (0, 2e6), (3.0, 3.0), (0.999, 1.0)]
 )
 def test_a_scale_holds_its_range_with_few_even_ticks(low, high):
-    scale = charts.linear_scale(low, high)
+    scale = scales.linear_scale(low, high)
     steps = np.diff(scale.ticks)
     assert scale.ticks[0] <= low + 1e-9 and scale.ticks[-1] >= high - 1e-9
     assert 1 <= len(steps) <= 9 and np.allclose(steps, steps[0]) and steps[0] > 0

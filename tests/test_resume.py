@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, files_below, tiny_images, tiny_module, weights_of
+from conftest import SHORT, compose, files_below, tiny_images, tiny_module, weights_of
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dp_synth import building, finetuning, train
 from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO, newest_first, resume_point
+from dp_synth.declaration import declare
 from dp_synth.errors import UserError
 from dp_synth.fitting import Interrupted, fit
 from dp_synth.privacy.callback import PrivacyEngineCallback
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
 
 STEPS = 4
@@ -287,6 +290,29 @@ def test_a_repeated_override_that_agrees_is_fine(command, stopped_run):
     assert outcome.code == 0 and stopped_run.statement()["steps_taken"] == 3
 
 
+def test_a_repeated_group_that_agrees_is_fine(command, tmp_path):
+    """Also where the run counted what the group leaves open: N, classes, delta, the batch size."""
+    for number in range(11):
+        path = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    words = ["dataset=image_folder", "dataset.name=mine", f"dataset.root={tmp_path / 'data'}"]
+    run = Run.create(tmp_path / "run", declared(*words, "privacy=eps10"))
+    cfg = compose(*words, "privacy=eps10", f"run={run.path}", "resume=true")
+    assert run_to_resume(cfg, [*words, "privacy=eps10"]).dataset.num_examples > 0
+    for other in ("dataset.resolution=16", "privacy.steps=7"):
+        cfg = compose(*words, "privacy=eps10", other, f"run={run.path}", "resume=true")
+        with pytest.raises(UserError, match=f"leave {other.split('=')[0]} out"):
+            run_to_resume(cfg, [other])
+
+
+def declared(*words):
+    cfg = compose(*words)
+    cfg.run_dir = None
+    declare(cfg)
+    return cfg
+
+
 def test_a_damaged_checkpoint_is_one_sentence(command, stopped_run):
     newest = newest_first(stopped_run.checkpoints_dir)[0]
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -298,7 +324,7 @@ def test_a_damaged_checkpoint_is_one_sentence(command, stopped_run):
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(train, "load_images"), (finetuning, "fit"), (PeriodicCheckpoint, "on_train_start")],
+    [(train, "fine_tune"), (finetuning, "fit"), (PeriodicCheckpoint, "on_train_start")],
     ids=["before the statement", "before training", "before the first checkpoint"],
 )
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_config(

@@ -304,7 +304,7 @@ def _decoded(
     decoder: _Decoder, start: int
 ) -> Generator[tuple[Chunk, npt.NDArray[np.uint8]], None, None]:
     """Decode in threads; chunks come in order, and a few are ready in advance."""
-    workers = _cores()
+    workers = cores()
     pending: deque[Future[tuple[Chunk, npt.NDArray[np.uint8]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -386,7 +386,7 @@ def _sync_folder(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _cores() -> int:
+def cores() -> int:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dp_synth.checks import count, fraction
+from dp_synth.checks import fraction
+from dp_synth.data.folder import is_folder_name
 from dp_synth.data.layout import SPLITS, Layout, find_layout
 from dp_synth.data.listing import Listing
-from dp_synth.data.splitting import at_most, is_test
+from dp_synth.data.splitting import at_most, check_limit, is_test
 from dp_synth.data.table import Table
 from dp_synth.errors import UserError
 
 _SPLIT_COLUMN = "split"
-_MAX_CLASS_BYTES = 255  # of a folder's name, on the file systems in use
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +74,7 @@ def read_catalogue(
 ) -> Catalogue:
     """List a root; see ``image_folder.load`` for the arguments and for what is a mistake."""
     fraction("dataset.test_fraction", test_fraction)
-    if max_images_per_unit is not None:
-        count("dataset.max_images_per_unit", max_images_per_unit)
-        if unit is None:
-            raise UserError("dataset.max_images_per_unit needs dataset.unit, which is not set.")
+    check_limit(unit, max_images_per_unit)
     layout = find_layout(root)
     tables = list(layout.tables.values())
     names = [name for table in tables for name in table.names]
@@ -173,14 +169,8 @@ def _classes(layout: Layout, labels: Sequence[str], in_train: set[str]) -> tuple
 
 
 def _check_class_name(layout: Layout, name: str) -> None:
-    """UserError for what ``folder.write_image_folder`` could not write samples of, or a terminal."""
-    if (
-        name.startswith(".")
-        or "/" in name
-        or "\\" in name
-        or len(name.encode()) > _MAX_CLASS_BYTES
-        or any(unicodedata.category(character) == "Cc" for character in name)
-    ):
+    """UserError for a class that ``folder.write_image_folder`` could not write samples of."""
+    if not is_folder_name(name):
         shown = name if len(name) < 80 else f"{name[:80]}..."
         raise UserError(
             f"class {shown!r} of {layout.what} cannot be a folder's name; rename the class."

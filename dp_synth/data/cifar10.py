@@ -12,10 +12,9 @@ import numpy as np
 from dp_synth.checks import one_of
 from dp_synth.data.cifar_format import count_images, read_batch
 from dp_synth.data.images import Images
-from dp_synth.data.publication import DEFAULT_CACHE, Publication, check_md5
+from dp_synth.data.publication import Publication, check_md5, unreadable
 from dp_synth.data.survey import Survey
 from dp_synth.data.unpickling import unpickle
-from dp_synth.errors import UserError
 
 # As the file batches.meta has them.
 CLASSES = (
@@ -57,7 +56,7 @@ def load(
     split: str = "train",
     verify: bool = True,
     download: bool = False,
-    cache: Path | str = DEFAULT_CACHE,
+    cache: Path | str | None = None,
 ) -> Images:
     """Return one split of CIFAR-10, 50,000 images for training and 10,000 for test.
 
@@ -71,7 +70,7 @@ def load(
             format, the image size and the range of the labels are always checked.
         download: download the files through torchvision if they are nowhere, into ``root`` or,
             where that is None, into the folder ``data`` of the cache.
-        cache: the program's cache.
+        cache: see ``files.cache_folder``.
 
     Returns:
         Images with pixels ``[N, 32, 32, 3]``, RGB.
@@ -96,7 +95,7 @@ def load(
     return Images(np.ascontiguousarray(np.concatenate(pixels)), np.concatenate(labels), CLASSES)
 
 
-def survey(*, root: Path | str | None = None, cache: Path | str = DEFAULT_CACHE) -> Survey | None:
+def survey(*, root: Path | str | None = None, cache: Path | str | None = None) -> Survey | None:
     """What the folder that ``load`` would read tells, or None where there is none.
 
     Of each training batch only what stands before the pixels is read.
@@ -114,7 +113,7 @@ def survey(*, root: Path | str | None = None, cache: Path | str = DEFAULT_CACHE)
             with path.open("rb") as file:
                 count += count_images(file, path)
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
     return Survey(
         num_examples=count,
         classes=CLASSES,
@@ -127,8 +126,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({error.strerror}); complete the data set.")
+        raise unreadable(path, error) from None

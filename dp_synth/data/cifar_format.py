@@ -83,10 +83,12 @@ def count_images(file: BinaryIO, path: Path) -> int:
 
 
 def _integers(labels: Any, path: Path) -> npt.NDArray[np.int64]:
-    try:
-        numbers = np.asarray(labels)
-    except ValueError:  # lists of unlike lengths
-        numbers = np.asarray(None)
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise UserError(f"{path} holds labels that are no integers; get the file again.")
-    return numbers.astype(np.int64)
+    # Looked at one by one: a small pickle can hold lists that NumPy would unfold to any size.
+    if isinstance(labels, list) and all(type(label) is int for label in labels):
+        try:
+            return np.array(labels, dtype=np.int64)
+        except OverflowError:
+            pass
+    elif isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu":
+        return labels.astype(np.int64)
+    raise UserError(f"{path} holds labels that are no integers; get the file again.")

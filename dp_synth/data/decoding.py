@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os.path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ SUFFIXES = frozenset(
 MAX_PIXELS = 2**26
 
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+_GREY_MODES = frozenset({"1", "L", "LA"})
 _BITS_PER_SAMPLE = 258  # the number of TIFF's tag
 
 
@@ -53,17 +55,43 @@ def decode(
             before they are decoded), 16 bits or floats: which of their range matters is for
             whoever made them to say.
     """
+    image = read_picture(data, what, "L" if channels == 1 else "RGB")
+    side = min(image.size)
+    if image.size != (side, side):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if side != resolution:
+        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(resolution, resolution, channels)
+
+
+def read_picture(data: bytes, what: str, mode: Literal["L", "RGB"] | None = None) -> Image.Image:
+    """The first three steps of ``decode``: a picture of its own size, upright, in a plain mode.
+
+    Args:
+        data: the file, whole.
+        what: how messages call it.
+        mode: ``"L"`` or ``"RGB"``; None for the one that loses nothing but transparency.
+
+    Raises:
+        UserError: see ``decode``.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             flaw = _flaw(picture)
             if flaw is None:
-                return _pixels(picture, resolution, channels)
+                return _converted(picture, mode)
     except UnidentifiedImageError:
         flaw = f"is not an image that this program reads; use {', '.join(FORMATS)}"
     except Exception as error:  # noqa: BLE001  Pillow's readers raise whatever they stumble over
         reason = printable(str(error) or type(error).__name__)
         flaw = f"is not a readable image ({reason}); mend or remove it"
     raise UserError(f"{what} {flaw}.")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as those of images that ``decode`` reads, in any case."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _flaw(picture: ImageFile.ImageFile) -> str | None:
@@ -93,16 +121,10 @@ def _is_deep(picture: ImageFile.ImageFile) -> bool:
     return False
 
 
-def _pixels(picture: Image.Image, resolution: int, channels: int) -> npt.NDArray[np.uint8]:
+def _converted(picture: Image.Image, mode: str | None) -> Image.Image:
     picture.load()
     if picture.info:  # whatever a file says beside its pixels; looking for EXIF takes a while
         ImageOps.exif_transpose(picture, in_place=True)
-    mode = "L" if channels == 1 else "RGB"
-    image: Image.Image = picture if picture.mode == mode else picture.convert(mode)
-    side = min(image.size)
-    if image.size != (side, side):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if side != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(resolution, resolution, channels)
+    if mode is None:
+        mode = "L" if picture.mode in _GREY_MODES else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dp_synth.checks import one_of
 from dp_synth.data.images import Images
-from dp_synth.errors import UserError
 
 CLASSES = tuple("0123456789")
 MAX_COUNT = 16
@@ -34,8 +34,7 @@ def load(split: str = "train") -> Images:
     Raises:
         UserError: an unknown split.
     """
-    if split not in ("train", "test"):
-        raise UserError(f"split={split!r} does not exist in digits; use 'train' or 'test'.")
+    one_of("split", split, ("train", "test"))
     # Imported here: scikit-learn takes a second, and font_digits needs only from_counts.
     from sklearn.datasets import load_digits
 

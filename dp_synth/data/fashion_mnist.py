@@ -6,8 +6,7 @@ Xiao, Rasul and Vollgraf 2017 (arXiv 1708.07747), https://github.com/zalandorese
 from pathlib import Path
 
 from dp_synth.data.images import Images
-from dp_synth.data.mnist import MnistLike
-from dp_synth.data.publication import DEFAULT_CACHE
+from dp_synth.data.mnist_format import MnistLike
 from dp_synth.data.survey import Survey
 
 # As published, but for the first: "T-shirt/top" cannot be the name of a folder of images.
@@ -47,7 +46,7 @@ def load(
     split: str = "train",
     verify: bool = True,
     download: bool = False,
-    cache: Path | str = DEFAULT_CACHE,
+    cache: Path | str | None = None,
 ) -> Images:
     """Return one split of Fashion-MNIST, 60,000 images for training and 10,000 for test.
 
@@ -60,7 +59,7 @@ def load(
             range of the labels are always checked.
         download: download the files through torchvision if they are nowhere, into ``root`` or,
             where that is None, into the folder ``data`` of the cache.
-        cache: the program's cache.
+        cache: see ``files.cache_folder``.
 
     Returns:
         Images with pixels ``[N, 28, 28, 1]``, the article bright on 0; the classes are the
@@ -73,7 +72,7 @@ def load(
     return _FASHION_MNIST.load(root, split, verify, download, cache)
 
 
-def survey(*, root: Path | str | None = None, cache: Path | str = DEFAULT_CACHE) -> Survey | None:
+def survey(*, root: Path | str | None = None, cache: Path | str | None = None) -> Survey | None:
     """What the folder that ``load`` would read tells, or None where there is none.
 
     Only the header of the training images is read.

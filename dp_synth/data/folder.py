@@ -1,23 +1,23 @@
-"""Image folders, one subfolder per class: how private images come in and synthetic ones go out."""
+"""Folders of class folders of small images of one size: how synthetic data sets are kept."""
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dp_synth.data.decoding import read_picture
 from dp_synth.data.images import Images
+from dp_synth.data.layout import class_folders
+from dp_synth.data.sources import Folder
 from dp_synth.errors import UserError
 
-# Pillow opens some formats through other programs (EPS starts Ghostscript): name the safe ones.
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"},
-)
-_GREY_MODES = frozenset({"1", "L"})
-_COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "LA", "PA", "CMYK", "YCbCr"})
+_MAX_NAME_BYTES = 255  # on the file systems in use
 
 
 def write_image_folder(images: Images, root: Path | str) -> None:
@@ -39,7 +39,7 @@ def write_image_folder(images: Images, root: Path | str) -> None:
     if channels not in (1, 3):
         raise UserError(f"PNG folders hold images of 1 or 3 channels, these have {channels}.")
     for name in images.classes:
-        if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+        if not is_folder_name(name):
             raise UserError(f"class {name!r} cannot be a folder's name; rename the class.")
         if (root / name).exists():
             raise UserError(f"{root / name} exists already; choose another folder or remove it.")
@@ -50,77 +50,60 @@ def write_image_folder(images: Images, root: Path | str) -> None:
         picture.save(root / images.classes[label] / f"{number:06d}.png")
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a class of this name can have a folder of its own, and be shown in a terminal."""
+    return (
+        name != ""
+        and not name.startswith(".")
+        and "/" not in name
+        and "\\" not in name
+        and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+        and all(unicodedata.category(character) != "Cc" for character in name)
+    )
+
+
 def read_image_folder(root: Path | str) -> Images:
     """Read a folder with one subfolder per class, the inverse of ``write_image_folder``.
 
-    Classes are the subfolders sorted by name; images come class by class, sorted by path, and may
-    lie in deeper subfolders. Hidden files and files without an image's suffix are passed over. All
-    images must be of one size and 8 bits; they are grey if every file is, else all become RGB
-    (transparency is dropped).
+    Classes are the subfolders sorted by name; images come class by class, and may lie in deeper
+    subfolders. What ``Source.walk`` passes over and files without an image's suffix do not count.
+    All images must be of one size; they are grey if every file is, else all become RGB. Otherwise
+    files are read as ``decoding.read_picture`` says.
 
     Raises:
-        UserError: no such folder, no class folder or image in it, a class folder whose files are no
-            images, an unreadable file, a second size, or a link that leads out of ``root``.
+        UserError: no such folder, no image in a class folder, a class folder whose files are no
+            images, an unreadable file, a second size, or what ``Source.walk`` refuses, such as a
+            link that leads out of ``root``.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give one that holds a subfolder per class.")
-    class_folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not class_folders:
-        raise UserError(f"{root} has no class folders; put the images in {root}/<class>/.")
-    files_by_class = [_image_files(folder, root) for folder in class_folders]
-    files = [path for paths in files_by_class for path in paths]
-    if not files:
-        raise UserError(f"{root} holds no images; put PNG or JPEG files in its class folders.")
-    counts = [len(paths) for paths in files_by_class]
+    source = Folder(root)
+    table = class_folders(source, list(source.walk()), "")
+    # Classes without an image have a folder too.
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    labels, names = zip(*sorted(zip(table.labels, table.names, strict=True)), strict=True)
     return Images(
-        pixels=_stack(files),
-        labels=np.repeat(np.arange(len(counts), dtype=np.int64), counts),
-        classes=tuple(folder.name for folder in class_folders),
+        pixels=_stack(source, names),
+        labels=np.searchsorted(classes, labels),
+        classes=tuple(classes),
     )
 
 
-def _image_files(folder: Path, root: Path) -> list[Path]:
-    relative = {path: path.relative_to(root) for path in folder.rglob("*")}
-    visible = sorted(
-        path
-        for path, parts in relative.items()
-        if path.is_file() and not any(part.startswith(".") for part in parts.parts)
-    )
-    files = [path for path in visible if path.suffix.lower() in _SUFFIXES]
-    if visible and not files:
-        raise UserError(
-            f"{folder} holds files but no image; use one of {', '.join(sorted(_SUFFIXES))}."
-        )
-    for path in files:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{path} is a link that leads out of {root}; copy the file instead.")
-    return files
-
-
-def _stack(files: list[Path]) -> npt.NDArray[np.uint8]:
+def _stack(source: Folder, names: Sequence[str]) -> npt.NDArray[np.uint8]:
     """Read files of one size into ``[N, H, W, C]``, C = 1 if all are grey, else 3."""
-    arrays = [_read_image(path) for path in files]
+    arrays = [_read(source, name) for name in names]
     size = arrays[0].shape[:2]
-    for path, array in zip(files, arrays, strict=True):
+    for name, array in zip(names, arrays, strict=True):
         if array.shape[:2] != size:
             raise UserError(
-                f"{path} is {array.shape[1]}x{array.shape[0]} pixels but {files[0]} is "
-                f"{size[1]}x{size[0]}; resize the images to one size."
+                f"{source.describe(name)} is {array.shape[1]}x{array.shape[0]} pixels but "
+                f"{names[0]} is {size[1]}x{size[0]}; resize the images to one size."
             )
     channels = max(array.shape[2] for array in arrays)
     return np.stack([np.broadcast_to(array, (*size, channels)) for array in arrays])
 
 
-def _read_image(path: Path) -> npt.NDArray[np.uint8]:
-    try:
-        with Image.open(path, formats=_FORMATS) as picture:
-            if picture.mode in _GREY_MODES:
-                return np.asarray(picture.convert("L"))[:, :, np.newaxis]
-            if picture.mode in _COLOUR_MODES:
-                return np.asarray(picture.convert("RGB"))
-            mode = picture.mode
-    # Pillow reports a broken file by any of these, depending on the format.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({error}); mend or remove it.") from None
-    raise UserError(f"{path} has pixel mode {mode}; convert it to 8-bit grey or RGB.")
+def _read(source: Folder, name: str) -> npt.NDArray[np.uint8]:
+    picture = read_picture(source.read(name), source.describe(name))
+    return np.atleast_3d(np.asarray(picture))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_synth.checks import one_of, whole
 from dp_synth.data.digits import CLASSES, from_counts
 from dp_synth.data.glyphs import CANVAS, GLYPH, midline_distances
 from dp_synth.data.images import Images
@@ -156,14 +157,10 @@ def load(
     Raises:
         UserError: an unknown split, font set or strength, a value out of range, a missing font.
     """
-    if split not in _SPLITS:
-        raise UserError(f"split={split!r} does not exist in font_digits; use 'train' or 'test'.")
-    if fonts not in FONTS:
-        raise UserError(f"fonts={fonts!r} does not exist; use one of {', '.join(FONTS)}.")
-    if num_images < 0:
-        raise UserError(f"num_images={num_images} must not be negative.")
-    if seed < 0:
-        raise UserError(f"seed={seed} must not be negative.")
+    one_of("split", split, _SPLITS)
+    one_of("fonts", fonts, tuple(FONTS))
+    num_images = whole("num_images", num_images)
+    seed = whole("seed", seed)
     warp = _warp(fonts, strengths)
     stream = [seed, list(FONTS).index(fonts)]
     styles = _control_points(

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from dp_synth.data.publication import check_md5
+from dp_synth.data.publication import check_md5, unreadable
 from dp_synth.errors import UserError
 
 _UNSIGNED_BYTES = 8
@@ -45,7 +45,7 @@ def read(path: Path, item_shape: tuple[int, ...], md5: str | None = None) -> npt
                 raise UserError(f"{path} declares {size:,} bytes of data; get the file again.")
             content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if len(content) != size:
         found = f"{len(content):,}" if len(content) < size else "more"
         raise UserError(f"{path} declares {size:,} bytes of data and holds {found}; get it again.")
@@ -64,7 +64,7 @@ def count_items(path: Path, item_shape: tuple[int, ...]) -> int:
         with _open(path) as file:
             return _read_header(file, item_shape, path)[1]
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _open(path: Path) -> BinaryIO:
@@ -87,7 +87,3 @@ def _read_header(file: BinaryIO, item_shape: tuple[int, ...], path: Path) -> tup
     if tuple(found) != item_shape:
         raise UserError(f"{path} holds items of {tuple(found)}, not {item_shape}; get it again.")
     return header, count
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}); get the file again.")

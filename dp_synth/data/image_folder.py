@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from dp_synth.data.cache import OnError
-from dp_synth.data.cache import load as load_through_cache
+from dp_synth.data import cache as pixel_cache
 from dp_synth.data.catalogue import read_catalogue
 from dp_synth.data.images import Images
 from dp_synth.data.survey import Survey
 from dp_synth.errors import UserError
+from dp_synth.files import cache_folder
 
 
 def load(
@@ -19,11 +19,11 @@ def load(
     split: str,
     resolution: int,
     channels: Literal[1, 3],
-    cache: Path | str,
     unit: str | None = None,
     max_images_per_unit: int | None = None,
     test_fraction: float = 0.2,
-    on_error: OnError = "raise",
+    on_error: pixel_cache.OnError = "raise",
+    cache: Path | str | None = None,
 ) -> Images:
     """Return one split of the images below ``root``, decoded once and then kept in a cache.
 
@@ -44,7 +44,6 @@ def load(
         split: ``"train"`` or ``"test"``.
         resolution: pixels of a side, see ``decoding.decode``.
         channels: 1 (grey) or 3 (colour).
-        cache: decoded pixels, which are private, are kept in its folder ``images``.
         unit: the CSV's column that names what is protected as one, such as a patient; None where
             that is the image. A unit has all of its images in one split.
         max_images_per_unit: of each unit of the training split, take so many images at most, those
@@ -52,6 +51,7 @@ def load(
         test_fraction: 0 to 1, of all images or units, where hashes decide; the share that is found
             varies as a random split's would.
         on_error: ``"raise"``, or ``"skip"`` files that are there and cannot be decoded.
+        cache: see ``files.cache_folder``; decoded images are kept in it.
 
     Returns:
         Images with pixels ``[N, resolution, resolution, channels]``, in the order of their paths.
@@ -65,12 +65,12 @@ def load(
             "dataset.root=... is needed: a folder of class folders, a CSV, or a zip of either."
         )
     catalogue = read_catalogue(root, unit, max_images_per_unit, test_fraction)
-    return load_through_cache(
+    return pixel_cache.load(
         catalogue.listing(split),
         resolution=resolution,
         channels=channels,
         on_error=on_error,
-        directory=Path(cache).expanduser() / "images",
+        directory=cache_folder(cache) / "images",
     )
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from dp_synth.checks import count, one_of
 from dp_synth.data.cifar_format import ROW_BYTES, SIDE, read_batch
 from dp_synth.data.images import Images
+from dp_synth.data.publication import unreadable
 from dp_synth.data.unpickling import unpickle
 from dp_synth.errors import UserError
 
@@ -125,7 +126,7 @@ def _most_images(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return archive.getinfo("data.npy").file_size // ROW_BYTES
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _allocate(
@@ -160,11 +161,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  NumPy and zipfile raise whatever they stumble over
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read ({error}); get the file again.")
+        raise unreadable(path, error) from None
 
 
 def _convert(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8]) -> None:

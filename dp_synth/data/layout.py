@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dp_synth.data.decoding import SUFFIXES
+from dp_synth.data.decoding import SUFFIXES, is_image_name
 from dp_synth.data.sources import Folder, Source, ZipArchive, printable
 from dp_synth.data.table import Table, read_table
 from dp_synth.errors import UserError
@@ -81,9 +81,9 @@ def _look_into(source: Source, files: list[str], top: str, words: str) -> Layout
             folder = f"{top}{split}/"
             below = [name for name in files if name.startswith(folder)]
             listed = _table_in(source, below, folder)
-            tables[split] = _class_folders(source, below, folder) if listed is None else listed
+            tables[split] = class_folders(source, below, folder) if listed is None else listed
         return Layout(source, top, what, f"{words}train/ and test/", tables)
-    table = _class_folders(source, files, top)
+    table = class_folders(source, files, top)
     return Layout(source, top, what, f"{words}class folders", {None: table})
 
 
@@ -129,7 +129,7 @@ def _is_split(source: Source, files: Sequence[str], top: str) -> bool:
     if len(there) == 1:
         folder = f"{top}{there[0]}/"
         below = [name[len(folder) :] for name in files if name.startswith(folder)]
-        if not any(_is_image(name) and "/" not in name for name in below):
+        if not any(is_image_name(name) and "/" not in name for name in below):
             (other,) = set(SPLITS) - set(there)
             raise UserError(
                 f"{_shown(source, folder)} is there and {other}/ is not; add {other}/, or name what "
@@ -138,8 +138,17 @@ def _is_split(source: Source, files: Sequence[str], top: str) -> bool:
     return len(there) == len(SPLITS)
 
 
-def _class_folders(source: Source, files: Sequence[str], folder: str) -> Table:
-    """The images in the subfolders of a folder, at any depth, labelled by subfolder."""
+def class_folders(source: Source, files: Sequence[str], folder: str) -> Table:
+    """The images in the subfolders of a folder, at any depth, labelled by subfolder.
+
+    Args:
+        source: what the folder is in.
+        files: the source's files below the folder.
+        folder: ``""`` for the source itself, else ending in ``/``.
+
+    Raises:
+        UserError: a subfolder whose files are no images, or no image at all.
+    """
     names, labels = [], []
     empty: set[str] = set()
     same: dict[str, str] = {}
@@ -148,7 +157,7 @@ def _class_folders(source: Source, files: Sequence[str], folder: str) -> Table:
         if not is_below:
             continue
         label = same.setdefault(label, label)
-        if _is_image(name):
+        if is_image_name(name):
             names.append(name)
             labels.append(label)
         else:
@@ -165,10 +174,6 @@ def _class_folders(source: Source, files: Sequence[str], folder: str) -> Table:
             "<class>/ or list them in a CSV."
         )
     return Table(_shown(source, folder), names, labels, {})
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _is_csv(name: str) -> bool:

@@ -1,114 +1,15 @@
-"""MNIST: 70,000 handwritten digits of 28x28 grey pixels, and how to read what is laid out like it.
+"""MNIST: 70,000 handwritten digits of 28x28 grey pixels.
 
 LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/: four IDX files.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from dp_synth.checks import one_of
-from dp_synth.data import idx
 from dp_synth.data.images import Images
-from dp_synth.data.publication import DEFAULT_CACHE, Publication
+from dp_synth.data.mnist_format import MnistLike
 from dp_synth.data.survey import Survey
-from dp_synth.errors import UserError
 
 CLASSES = tuple("0123456789")
-_IMAGE = (28, 28)
-_PREFIXES = {"train": "train", "test": "t10k"}
-_FILES = tuple(
-    f"{prefix}-{kind}{suffix}"
-    for prefix in _PREFIXES.values()
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    for suffix in ("", ".gz")
-)
-
-
-@dataclass(frozen=True)
-class MnistLike:
-    """A data set in four IDX files that have MNIST's names.
-
-    Attributes:
-        name: as in ``dataset=NAME``.
-        torchvision: the class of ``torchvision.datasets`` that downloads it.
-        classes: names of the labels 0, 1, ...
-        md5: of the content of each file, uncompressed: compression is not part of a content, and
-            several versions of it are in use.
-        package: the Debian package that has the files, if there is one.
-        installed: where that package puts them.
-    """
-
-    name: str
-    torchvision: str
-    classes: tuple[str, ...]
-    md5: Mapping[str, str]
-    package: str | None = None
-    installed: Path | None = None
-
-    def load(
-        self,
-        root: Path | str | None,
-        split: str,
-        verify: bool,
-        download: bool,
-        cache: Path | str,
-    ) -> Images:
-        """See ``mnist.load``."""
-        one_of("split", split, tuple(_PREFIXES))
-        folder = self._publication.obtain(root, cache, download=download)
-        images = _file(folder, f"{_PREFIXES[split]}-images-idx3-ubyte")
-        labels = _file(folder, f"{_PREFIXES[split]}-labels-idx1-ubyte")
-        pixels = idx.read(images, _IMAGE, self._md5(images) if verify else None)
-        classes = idx.read(labels, (), self._md5(labels) if verify else None)
-        if len(pixels) != len(classes):
-            raise UserError(
-                f"{images} holds {len(pixels):,} images and {labels} {len(classes):,} labels; "
-                "get both files again."
-            )
-        if classes.size and classes.max() >= len(self.classes):
-            raise UserError(
-                f"{labels} holds a label {classes.max()}, above {len(self.classes) - 1}; "
-                "get the file again."
-            )
-        return Images(pixels[..., np.newaxis], classes.astype(np.int64), self.classes)
-
-    def survey(self, root: Path | str | None, cache: Path | str) -> Survey | None:
-        """See ``mnist.survey``."""
-        folder = self._publication.find(root, cache)
-        if folder is None:
-            return None
-        return Survey(
-            num_examples=idx.count_items(_file(folder, "train-images-idx3-ubyte"), _IMAGE),
-            classes=self.classes,
-            layout="IDX files",
-            num_files=sum((folder / name).is_file() for name in _FILES),
-        )
-
-    @property
-    def _publication(self) -> Publication:
-        return Publication(
-            name=self.name,
-            torchvision=self.torchvision,
-            folder=f"{self.torchvision}/raw",
-            files=_FILES,
-            package=self.package,
-            installed=self.installed,
-        )
-
-    def _md5(self, path: Path) -> str:
-        return self.md5[path.name.removesuffix(".gz")]
-
-
-def _file(folder: Path, name: str) -> Path:
-    """The file, uncompressed if it is there in both ways."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} holds neither {name} nor {name}.gz; complete the data set.")
-
 
 # torchvision lists the md5 of the compressed files; these, of what is in them, are what several
 # public programs that read the uncompressed files check independently of each other.
@@ -131,7 +32,7 @@ def load(
     split: str = "train",
     verify: bool = True,
     download: bool = False,
-    cache: Path | str = DEFAULT_CACHE,
+    cache: Path | str | None = None,
 ) -> Images:
     """Return one split of MNIST, 60,000 images for training and 10,000 for test.
 
@@ -144,7 +45,7 @@ def load(
             range of the labels are always checked.
         download: download the files through torchvision if they are nowhere, into ``root`` or,
             where that is None, into the folder ``data`` of the cache.
-        cache: the program's cache.
+        cache: see ``files.cache_folder``.
 
     Returns:
         Images with pixels ``[N, 28, 28, 1]``, ink 255 on 0; the classes are the ten figures.
@@ -156,7 +57,7 @@ def load(
     return _MNIST.load(root, split, verify, download, cache)
 
 
-def survey(*, root: Path | str | None = None, cache: Path | str = DEFAULT_CACHE) -> Survey | None:
+def survey(*, root: Path | str | None = None, cache: Path | str | None = None) -> Survey | None:
     """What the folder that ``load`` would read tells, or None where there is none.
 
     Only the header of the training images is read.

@@ -9,8 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from dp_synth.errors import UserError
-
-DEFAULT_CACHE = "~/.cache/dp_synth"
+from dp_synth.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Publication:
     package: str | None = None
     installed: Path | None = None
 
-    def find(self, root: Path | str | None, cache: Path | str) -> Path | None:
+    def find(self, root: Path | str | None, cache: Path | str | None) -> Path | None:
         """The folder that has the files, or None; no file is opened.
 
         Args:
             root: the folder that torchvision would be given, or the one that has the files; None
                 looks where a system package puts them, then where ``obtain`` downloads them to.
-            cache: the program's cache.
+            cache: see ``files.cache_folder``.
         """
         for place in self._places(root, cache):
             # Unlike Path.is_file, this is False also where the user may not look.
@@ -47,7 +46,7 @@ class Publication:
                 return place
         return None
 
-    def obtain(self, root: Path | str | None, cache: Path | str, *, download: bool) -> Path:
+    def obtain(self, root: Path | str | None, cache: Path | str | None, *, download: bool) -> Path:
         """The folder that has the files, downloaded if they are nowhere and ``download`` is true.
 
         A download goes into ``root`` or, where that is None, into the folder ``data`` of the cache.
@@ -59,7 +58,7 @@ class Publication:
         if found is not None:
             return found
         if download:
-            return self._download(_downloads(root, cache))
+            return self._download(download_folder(root, cache))
         if root is not None:
             raise UserError(
                 f"dataset.root={root} does not hold the files of {self.name}; give the folder that "
@@ -72,10 +71,10 @@ class Publication:
             f"{self.folder}/, or set dataset.download=true to download it{package}."
         )
 
-    def _places(self, root: Path | str | None, cache: Path | str) -> Iterator[Path]:
+    def _places(self, root: Path | str | None, cache: Path | str | None) -> Iterator[Path]:
         if root is None and self.installed is not None:
             yield self.installed
-        yield _downloads(root, cache) / self.folder
+        yield download_folder(root, cache) / self.folder
         if root is not None:
             yield Path(root).expanduser()
 
@@ -114,5 +113,12 @@ def check_md5(content: bytes, md5: str, path: Path) -> None:
         )
 
 
-def _downloads(root: Path | str | None, cache: Path | str) -> Path:
-    return Path(cache).expanduser() / "data" if root is None else Path(root).expanduser()
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to raise for a published file that cannot be read."""
+    reason = getattr(error, "strerror", None) or error  # an OSError's text has the path once more
+    return UserError(f"{path} cannot be read ({reason}); get the file again.")
+
+
+def download_folder(root: Path | str | None, cache: Path | str | None) -> Path:
+    """The folder that a publisher's own tool would be given: the root, or ``data`` in the cache."""
+    return cache_folder(cache) / "data" if root is None else Path(root).expanduser()

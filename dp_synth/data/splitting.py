@@ -10,6 +10,9 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from dp_synth.checks import count
+from dp_synth.errors import UserError
+
 _BITS = 64
 
 
@@ -24,12 +27,12 @@ def is_test(name: str, test_fraction: float) -> bool:
 
 
 def at_most(
-    count: int, rows: Iterable[int], units: Sequence[str], paths: Sequence[str]
+    most: int, rows: Iterable[int], units: Sequence[str], paths: Sequence[str]
 ) -> list[int]:
-    """Of each unit the ``count`` rows whose paths' hashes are smallest, in ascending order.
+    """Of each unit the ``most`` rows whose paths' hashes are smallest, in ascending order.
 
     Args:
-        count: 1 or more.
+        most: 1 or more.
         rows: the rows to choose from.
         units: the unit's name of every row.
         paths: the path of every row.
@@ -39,8 +42,19 @@ def at_most(
         rows_of[units[row]].append(row)
     kept: list[int] = []
     for own in rows_of.values():
-        kept.extend(heapq.nsmallest(count, own, key=lambda row: _hash(paths[row])))
+        kept.extend(heapq.nsmallest(most, own, key=lambda row: _hash(paths[row])))
     return sorted(kept)
+
+
+def check_limit(unit: str | None, max_images_per_unit: int | None) -> None:
+    """UserError unless ``dataset.max_images_per_unit`` is a count and has units to bound."""
+    if max_images_per_unit is not None:
+        count("dataset.max_images_per_unit", max_images_per_unit)
+        if unit is None:
+            raise UserError(
+                f"dataset.max_images_per_unit={max_images_per_unit} needs dataset.unit, which is "
+                "not set."
+            )
 
 
 def _hash(text: str) -> int:

@@ -14,7 +14,7 @@ class Survey:
         layout: what the folder looks like, such as ``class folders`` or ``WILDS v1.0``.
         num_files: image files of all splits; None where there is no folder and the numbers are the
             publisher's.
-        units: what else could be the unit of privacy, and how many of each the split has.
+        units: what could be the unit of privacy instead, and how many of each the split has.
     """
 
     num_examples: int

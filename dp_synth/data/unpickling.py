@@ -8,11 +8,12 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from dp_synth.data.sources import printable
 from dp_synth.errors import UserError
 
 # All that a pickled array of numbers names, in the spellings of NumPy 1 and NumPy 2.
@@ -54,10 +55,20 @@ def unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  broken pickles raise anything, says Python
-        raise UserError(f"{path} is a broken pickle ({error}); get the file again.") from None
+        reason = printable(str(error) or type(error).__name__)
+        raise UserError(f"{path} is a broken pickle ({reason}); get the file again.") from None
 
 
-class _Recorder(pickle.Unpickler):
+# The version in Python, as quick where one value holds all bytes: that in C makes room for as many
+# remembered values as a pickle of ten bytes claims to have, 32 GB of it.
+class _Recorder(pickle._Unpickler):
+    # Whatever came after protocol 4 is left out: it makes room before it looks for the bytes, too.
+    dispatch: ClassVar = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+    }
+
     def __init__(self, file: BinaryIO, path: Path) -> None:
         # As bytes, the pixels that Python 2 stored as text are not decoded and encoded again.
         super().__init__(file, encoding="bytes")
@@ -66,7 +77,8 @@ class _Recorder(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> "_Name":
         if (module, name) not in _NAMES:
             raise UserError(
-                f"{self._path} asks for {module}.{name}, which no published batch does; "
+                f"{self._path} asks for {printable(f'{module}.{name}')}, which no published batch "
+                "does; "
                 "do not trust this file and get it again from its publisher."
             )
         return _Name(name)

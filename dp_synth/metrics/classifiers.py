@@ -3,105 +3,85 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dp_synth.checks import one_of
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
+from dp_synth.metrics.augmentation import bend, default_shift, mirror, shift
+from dp_synth.metrics.classifier_networks import Classifier, SmallCNN
 
-_MIN_SIDE = 8
-_WARMUP = 0.1  # share of the steps in which the learning rate rises
-_CONTROL = 4  # control points a side of the elastic displacement
+Network = Callable[..., Classifier]
 
-
-class SmallCNN(nn.Module):
-    """A small convolutional classifier for images of any side from 8 pixels and any channels.
-
-    Its stages halve the image until its longer side is at most 4. What is left is flattened, not
-    averaged: in an image of 8x8 pixels the place of a stroke is what tells classes apart.
-
-    Args:
-        shape: ``(C, H, W)`` of one image, H and W at least 8.
-        num_classes: length of the logits.
-        width: channels of the first convolution; each stage doubles them, up to 4 times as many.
-        num_features: length D of the penultimate features.
-
-    Raises:
-        UserError: a side of less than 8 pixels.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int, int], num_classes: int, width: int = 32, num_features: int = 64
-    ) -> None:
-        super().__init__()
-        channels, *sides = shape
-        if min(sides) < _MIN_SIDE:
-            raise UserError(
-                f"images of {sides[0]}x{sides[1]} pixels are too small for the evaluator's "
-                f"classifier; use {_MIN_SIDE}x{_MIN_SIDE} or more, or evaluator=none."
-            )
-        layers = _convolution(channels, width)
-        wide = width
-        while max(sides) > 4:
-            out = min(2 * wide, 4 * width)
-            layers += [*_convolution(wide, out), nn.MaxPool2d(2, ceil_mode=True)]
-            wide = out
-            sides = [math.ceil(side / 2) for side in sides]
-        layers += _convolution(wide, wide)
-        self.num_features = num_features
-        self.body = nn.Sequential(*layers, nn.Flatten())
-        self.neck = nn.Sequential(nn.Linear(wide * math.prod(sides), num_features), nn.ReLU())
-        self.head = nn.Linear(num_features, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the penultimate features ``[N, D]`` of images ``[N, C, H, W]`` in [-1, 1]."""
-        return self.neck(self.body(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[N, num_classes]`` of images ``[N, C, H, W]`` in [-1, 1]."""
-        return self.head(self.features(x))
+# What they take beside parameters, lr and weight_decay. In "adam" the decay is part of the
+# gradient, in "adamw" it is apart from it (Loshchilov and Hutter 2019, arXiv 1711.05101).
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
+_DECAY = 0.2  # what a drop leaves of the learning rate
 
 
 def train_classifier(
     images: Images,
     *,
+    network: Network = SmallCNN,
+    width: int | None = None,
     steps: int,
     batch_size: int,
     lr: float,
+    optimizer: str = "adamw",
     weight_decay: float,
     label_smoothing: float,
+    warmup: float = 0.1,
+    drops: Sequence[float] = (),
+    ema_decay: float = 0.0,
     max_shift: int | None = None,
     elastic: float = 0.0,
-    width: int = 32,
+    flip: bool = False,
     seed: int,
     caption: str = "classifier",
     device: str | torch.device | None = None,
-) -> SmallCNN:
-    """Train a ``SmallCNN`` on ``images`` for a fixed number of steps.
+) -> Classifier:
+    """Train a classifier on ``images`` for a fixed number of steps.
 
     Nothing is selected (no validation, no early stop): the classifier depends on ``images`` alone.
-    AdamW; the learning rate rises linearly, then falls to zero as a cosine. On a CPU the result is
-    a function of the arguments; the global random state is left as it was. No loss is shown:
-    ``images`` may be private.
+    On a CPU the result is a function of the arguments; the global random state is left as it was.
+    No loss is shown: ``images`` may be private.
 
     Args:
         images: N >= 1 images; where N is less than ``batch_size`` a batch holds repeats.
+        network: shape ``(C, H, W)``, number of classes and, where it is given, ``width`` to a
+            network; see ``classifier_networks``.
+        width: the network's width, in its own measure; None: its default.
         steps: number of updates.
         batch_size: images in each update.
         lr: peak learning rate.
-        weight_decay: AdamW's decoupled decay.
+        optimizer: "adamw", "adam", or with a momentum of 0.9 "sgd" or "nesterov".
+        weight_decay: of the optimizer.
         label_smoothing: share of the target spread evenly over the classes, 0..1.
+        warmup: share of the steps in which the learning rate rises, 0..1.
+        drops: shares of the steps after each of which the learning rate falls to a fifth; none: it
+            falls to zero as a cosine.
+        ema_decay: limit of the decay of the averaged weights that are returned, warmed up as
+            (1 + n) / (10 + n); 0: the last weights.
         max_shift: greatest random translation each way, in pixels, edges repeated; ``None``: a
             sixteenth of the shorter side.
         elastic: standard deviation of a smooth random displacement, in pixels.
-        width: channels of the network's first convolution.
+        flip: whether half of the images are mirrored left to right.
         seed: fixes initial weights, order and augmentation.
         caption: text of the progress bar.
         device: where to train; ``None``: a GPU where there is one.
@@ -110,32 +90,72 @@ def train_classifier(
         The trained network in evaluation mode, on ``device``.
 
     Raises:
-        UserError: no image, no step, an empty batch, or a side of less than 8 pixels.
+        UserError: no image, no step, an empty batch, an unknown optimizer, or a side of less than
+            8 pixels.
     """
     if len(images) == 0:
         raise UserError("a classifier cannot be trained on 0 images; at least 1 is needed.")
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"evaluator.classifier.{name}={value} must be at least 1.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _initialise(images, width, seed).to(device)
-    max_shift = min(images.shape[1:]) // 16 if max_shift is None else max_shift
+    one_of("evaluator.classifier.optimizer", optimizer, tuple(_OPTIMIZERS))
+    device = default_device(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
-    batches = _batches(len(images), batch_size, steps, generator)
-    for batch in tqdm(batches, total=steps, desc=caption, leave=False, disable=None):
-        rows = batch.numpy()
-        # Floats of a batch only: those of all images may not fit into memory.
-        x = to_float(images.pixels[rows]).to(device)
-        y = torch.tensor(images.labels[rows], device=device)
-        views = _shift(_bend(x, elastic, generator), max_shift, generator)
-        loss = F.cross_entropy(model(views), y, label_smoothing=label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    views = partial(
+        _views,
+        max_shift=default_shift(*images.shape[1:]) if max_shift is None else max_shift,
+        elastic=elastic,
+        flip=flip,
+        generator=generator,
+    )
+    # Dropout draws from the global generators; here they are seeded, and put back at the end.
+    with seeded(seed, device):
+        model = build(network, images, width).to(device).train()
+        ema = EMAModel(model.parameters(), decay=ema_decay) if ema_decay > 0 else None
+        updates = _OPTIMIZERS[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            updates, lambda step: _lr_factor(step, steps, warmup, drops)
+        )
+        batches = _batches(len(images), batch_size, steps, generator)
+        for batch in tqdm(batches, total=steps, desc=caption, leave=False, disable=None):
+            rows = batch.numpy()
+            # Floats of a batch only: those of all images may not fit into memory.
+            x = views(to_float(images.pixels[rows]).to(device))
+            y = torch.tensor(images.labels[rows], device=device)
+            loss = F.cross_entropy(model(x), y, label_smoothing=label_smoothing)
+            updates.zero_grad()
+            loss.backward()
+            updates.step()
+            schedule.step()
+            if ema is not None:
+                ema.step(model.parameters())
+    if ema is not None:
+        ema.copy_to(model.parameters())
     return model.eval()
+
+
+def build(network: Network, images: Images, width: int | None = None) -> Classifier:
+    """Return an untrained network for images of this shape and these classes."""
+    options = {} if width is None else {"width": width}
+    return network(images.shape, len(images.classes), **options)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators of the CPU and of ``device``; put them back at the end."""
+    # Not torch.manual_seed: it would reseed every GPU too, which this fork does not save.
+    is_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if is_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if is_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that is named, or a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @torch.inference_mode()
@@ -156,19 +176,10 @@ def predict(model: nn.Module, images: Images, batch_size: int = 1024) -> npt.NDA
     return probabilities(model, images, batch_size).argmax(axis=1).astype(np.int64)
 
 
-def _convolution(channels: int, out: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-
-
-def _initialise(images: Images, width: int, seed: int) -> SmallCNN:
-    # Not torch.manual_seed: it would reseed every GPU too, which this fork does not save.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return SmallCNN(images.shape, len(images.classes), width)
-
-
-def _lr_factor(step: int, steps: int) -> float:
-    rise = min(1.0, (step + 1) / (_WARMUP * steps))
+def _lr_factor(step: int, steps: int, warmup: float, drops: Sequence[float]) -> float:
+    rise = min(1.0, (step + 1) / (warmup * steps)) if warmup > 0 else 1.0
+    if drops:
+        return rise * _DECAY ** sum(step >= drop * steps for drop in drops)
     # LambdaLR asks for the factor once more after the last step, when step == steps.
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -183,25 +194,11 @@ def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) ->
         pending = pending[batch_size:]
 
 
-def _shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Move each image ``[N, C, H, W]`` by up to ``most`` whole pixels each way; edges repeat."""
-    n, _, height, width = x.shape
-    down, right = torch.randint(-most, most + 1, (2, n, 1), generator=generator)
-    rows = (torch.arange(height) + down).clamp_(0, height - 1).to(x.device)
-    columns = (torch.arange(width) + right).clamp_(0, width - 1).to(x.device)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    # Indices on both sides of a slice put the slice's dimension, the channels, last.
-    return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _bend(x: Tensor, pixels: float, generator: torch.Generator) -> Tensor:
-    """Displace each image ``[N, C, H, W]`` smoothly, by ``pixels`` (standard deviation)."""
-    if pixels == 0:
-        return x
-    n, _, height, width = x.shape
-    control = torch.randn(n, 2, _CONTROL, _CONTROL, generator=generator)
-    bend = F.interpolate(control, (height, width), mode="bicubic", align_corners=True)
-    still = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
-    unit = 2 / torch.tensor([width, height])  # grid_sample measures in half sides
-    grid = (still + pixels * unit * bend.permute(0, 2, 3, 1)).to(x.device)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+def _views(
+    x: Tensor, max_shift: int, elastic: float, flip: bool, generator: torch.Generator
+) -> Tensor:
+    """Return a random view of each image ``[N, C, H, W]``."""
+    x = bend(x, elastic, generator)
+    down, right = torch.randint(-max_shift, max_shift + 1, (2, len(x)), generator=generator)
+    x = shift(x, down, right)
+    return mirror(x, torch.rand(len(x), generator=generator) < 0.5) if flip else x

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dp_synth.data.images import Images
-from dp_synth.metrics.evidence import Evidence, TrainClassifier
+from dp_synth.metrics.evidence import Evidence, RecordQuery, TrainClassifier, not_recorded
 from dp_synth.metrics.record import Metrics
+from dp_synth.privacy.plan import PrivacyPlan
 
 Part = Callable[[Evidence, Metrics], None]
 
@@ -34,6 +36,9 @@ class Evaluator:
         real_test: Images,
         other_tests: Mapping[str, Images],
         public: Images | None,
+        plan: PrivacyPlan | None = None,
+        flip: bool = False,
+        record_query: RecordQuery = not_recorded,
         seed: int,
         local_dir: Path | None = None,
     ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
@@ -54,7 +59,10 @@ class Evaluator:
             real_test=real_test,
             other_tests=other_tests,
             public=public,
-            train_classifier=self.classifier,
+            train_classifier=partial(self.classifier, flip=flip),
+            plan=plan,
+            flip=flip,
+            record_query=record_query,
             seed=seed,
             local_dir=local_dir,
         ).matched()

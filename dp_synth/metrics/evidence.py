@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ import numpy as np
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.metrics.names import is_split_name
+from dp_synth.privacy.plan import PrivacyPlan
 
 TrainClassifier = Callable[..., Any]
+RecordQuery = Callable[[dict[str, Any]], None]
+
+_FEATURE_SEED = 0
+
+
+def not_recorded(query: dict[str, Any]) -> None:
+    """Where there is no run, there is no statement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +39,10 @@ class Evidence:
             none.
         train_classifier: trains the evaluator's classifier: images, ``seed`` and ``caption`` to a
             network of logits; see ``classifiers.train_classifier``.
+        plan: the mechanism of the run, or None where it had no privacy or there is no run.
+        flip: whether a mirrored image is as good as the image, by the data set's declaration.
+        record_query: adds an entry to the queries of the run's statement; to be called before the
+            query looks at private images.
         seed: fixes classifiers and subsets.
         local_dir: where parts may write files that show private images and stay where they are;
             None where nothing may be written.
@@ -42,8 +55,24 @@ class Evidence:
     other_tests: Mapping[str, Images] = field(default_factory=dict)
     public: Images | None = None
     train_classifier: TrainClassifier
+    plan: PrivacyPlan | None = None
+    flip: bool = False
+    record_query: RecordQuery = not_recorded
     seed: int = 0
     local_dir: Path | None = None
+
+    @cached_property
+    def public_classifier(self) -> Any:
+        """A classifier of the public images, whose features looked at nothing private.
+
+        None where there are no public images. Its seed is not the run's: runs with the same public
+        images share one feature space.
+        """
+        if self.public is None or len(self.public) == 0:
+            return None
+        return self.train_classifier(
+            self.public, seed=_FEATURE_SEED, caption="classifier: features"
+        )
 
     def matched(self) -> Evidence:
         """Return the same evidence with the classes of all sets as those of the real test images.
@@ -64,7 +93,7 @@ class Evidence:
             _check_shape("public", self.public, self.real_test)
 
         def matching(name: str, images: Images) -> Images:
-            return _comparable(name, images, self.real_test)
+            return comparable(name, images, self.real_test)
 
         return replace(
             self,
@@ -81,7 +110,7 @@ def subset(images: Images, n: int, seed: int) -> Images:
     return images.select(np.random.default_rng(seed).permutation(len(images))[:n])
 
 
-def _comparable(name: str, images: Images, reference: Images) -> Images:
+def comparable(name: str, images: Images, reference: Images) -> Images:
     """Return ``images`` with the classes of ``reference``, matched by name.
 
     Folders list their classes in alphabetical order and know no class without an image.
@@ -97,7 +126,8 @@ def _comparable(name: str, images: Images, reference: Images) -> Images:
             f"theirs are {list(reference.classes)}."
         )
     places = np.array([list(reference.classes).index(c) for c in images.classes], dtype=np.int64)
-    return Images(images.pixels, places[images.labels], reference.classes)
+    labels = places[images.labels]
+    return Images(images.pixels, labels, reference.classes, images.units, images.missing)
 
 
 def _check_shape(name: str, images: Images, reference: Images) -> None:

@@ -2,106 +2,206 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from dp_synth.checks import one_of
 from dp_synth.data.images import Images
-from dp_synth.data.pixels import to_float
-from dp_synth.metrics.classifiers import SmallCNN
+from dp_synth.files import cache_folder
+from dp_synth.metrics.comparison import Comparison
 from dp_synth.metrics.evidence import Evidence, subset
+from dp_synth.metrics.features.cache import cached
+from dp_synth.metrics.features.classifier import classifier_features
+from dp_synth.metrics.features.dinov2 import dinov2 as load_dinov2
+from dp_synth.metrics.features.efficientnet import efficientnet_lite0
+from dp_synth.metrics.features.extraction import Features
+from dp_synth.metrics.features.inception import inception
+from dp_synth.metrics.features.pixels import pixel_features
+from dp_synth.metrics.frechet import FrechetDistance
+from dp_synth.metrics.inception_score import SPLITS, inception_score
 from dp_synth.metrics.record import Metrics
 
-# Not the run's seed: runs with the same public images then share one feature space.
-_FEATURE_SEED = 0
+NETWORKS = ("classifier", "efficientnet_lite0", "inception", "dinov2", "pixels")
 
 
-class ClassifierFeatures(nn.Module):
-    """Penultimate features of a classifier, for images as bytes.
-
-    Train the classifier on public images: the space of the metric then looks at nothing private.
-
-    Attributes:
-        num_features: length D of the features.
-    """
-
-    def __init__(self, classifier: SmallCNN) -> None:
-        super().__init__()
-        self.classifier = classifier.eval()
-        self.num_features = classifier.num_features
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return features ``[N, D]`` of uint8 images ``[N, C, H, W]``, on the classifier's device."""
-        device = next(self.classifier.parameters()).device
-        return self.classifier.features(to_float(pixels.to(device)))
+_MEANINGS = {
+    "fid": "FID (Frechet distance, {label}) between {images} and {real}.",
+    "frechet": "Frechet distance between {images} and {real}, {label}.",
+    "kid": "Kernel distance (KID's estimate) between {images} and {real}, {label}; near 0, also "
+    "below it, if they are alike.",
+    "precision": "Share of {images} that look like some of {real} (5 neighbours), {label}.",
+    "recall": "Share of {real} that look like some of {images} (5 neighbours), {label}.",
+    "density": "How densely {images} lie where {real} are (5 neighbours), {label}; about 1 if they "
+    "are alike.",
+    "coverage": "Share of {real} with one of {images} nearby (5 neighbours), {label}.",
+}
+_REAL = "the real training images"
 
 
-def frechet_distance(
-    real: Images, synthetic: Images, features: nn.Module, batch_size: int = 1024
-) -> float:
-    """Return the Frechet distance between two sets of images in the space of ``features``.
+@dataclass(frozen=True)
+class _Judged:
+    """A set of n images: ``suffix`` is what follows the name of a metric, ``noun`` what it is."""
 
-    It is ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` for the means m and covariances S of the
-    features (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in float64. With the Inception network
-    as features it is known as FID; with others its values compare with no published FID. It is
-    biased upwards for few images, so compare sets of one size only.
-
-    Args:
-        real: the reference, at least 2 images.
-        synthetic: the images to judge, at least 2.
-        features: module that maps uint8 ``[N, C, H, W]`` on the CPU to ``[N, D]`` and has an
-            attribute ``num_features``, D.
-        batch_size: images in one call of ``features``.
-
-    Returns:
-        The distance, 0 or more, in the features' squared unit.
-
-    Raises:
-        ValueError: fewer than 2 images have no covariance.
-    """
-    if min(len(real), len(synthetic)) < 2:
-        raise ValueError(
-            f"the Frechet distance needs 2 or more images a side, not {len(real)} "
-            f"and {len(synthetic)}."
-        )
-    metric = FrechetInceptionDistance(feature=features)
-    metric.to(next((p.device for p in features.parameters()), torch.device("cpu")))
-    with torch.inference_mode():
-        for images, is_real in ((real, True), (synthetic, False)):
-            for start in range(0, len(images), batch_size):
-                # A copy: the pixels may lie in a file, all of which memory need not hold.
-                pixels = torch.tensor(images.pixels[start : start + batch_size])
-                metric.update(pixels.permute(0, 3, 1, 2), real=is_real)
-        # Rounding can bring the distance of equal sets just below zero.
-        return max(0.0, float(metric.compute()))
+    suffix: str
+    noun: str
+    features: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
 
 
 class Fidelity:
-    """Frechet distances to the real training images, beside the one that real test images reach."""
+    """Compares synthetic images with the real training images, in the features of networks.
+
+    The same is done with images of the model before private training and with the real test
+    images, equally many of each: what real images reach is the floor that synthetic ones can hope
+    for. Values of different networks do not compare.
+
+    Networks are loaded at once, so that a file that is not there is known before anything is read.
+
+    Args:
+        features: names of networks, see ``NETWORKS``; ``classifier`` is trained on public images
+            and left out where there are none.
+        inception_weights: a file of weights for ``inception``; None: see ``inception``.
+        dinov2: hub id or folder of the network for ``dinov2``.
+        cache: folder for features of real images, which are private; None: ``features`` in the
+            cache folder.
+
+    Raises:
+        UserError: an unknown name, or a network that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        features: Sequence[str] = ("classifier",),
+        inception_weights: str | Path | None = None,
+        dinov2: str = "facebook/dinov2-large",
+        cache: Path | None = None,
+    ) -> None:
+        loaders = {
+            "efficientnet_lite0": efficientnet_lite0,
+            "inception": lambda: inception(inception_weights),
+            "dinov2": lambda: load_dinov2(dinov2),
+        }
+        for name in features:
+            one_of("evaluator.fidelity.features", name, NETWORKS)
+        self._names = list(features)
+        self._loaded = {name: loaders[name]() for name in features if name in loaders}
+        self._cache = cache or cache_folder() / "features"
 
     def __call__(self, evidence: Evidence, metrics: Metrics) -> None:
-        """Add ``fidelity/*``, in the features of a classifier of public images where there are any."""
-        if evidence.public is None or len(evidence.public) == 0:
-            return
-        judged = {"": ("the synthetic images", evidence.synthetic)}
-        if evidence.public_only is not None:
-            noun = "images of the model before private training"
-            judged[".public_only"] = (noun, evidence.public_only)
-        judged[".real_floor"] = ("the real test images", evidence.real_test)
-        # The distance is biased upwards by few images: equally many make the three comparable.
-        n = min(len(images) for _, images in judged.values())
+        """Add ``fidelity/*``; nothing where a side has fewer than 2 images."""
+        # The Frechet distance is biased upwards by few images: equally many make all comparable.
+        n = min(len(images) for _, images in _sets(evidence).values())
         if min(n, len(evidence.real_train)) < 2:
             return
-        classifier = evidence.train_classifier(
-            evidence.public, seed=_FEATURE_SEED, caption="classifier: features"
-        )
-        features = ClassifierFeatures(classifier)
-        for suffix, (noun, images) in judged.items():
+        for network in self._networks(evidence):
+            real = cached(network, evidence.real_train.pixels, self._cache)
+            judged = list(self._judged(network, evidence, n))
+            _add_scores(network, real, judged, evidence.seed, metrics)
+            _add_classes(network, real, judged, evidence, metrics)
+            _add_inception_scores(network, judged, evidence.seed, metrics)
+
+    def _networks(self, evidence: Evidence) -> Iterator[Features]:
+        for name in self._names:
+            if name == "pixels":
+                yield pixel_features(evidence.real_train.shape)
+            elif name != "classifier":
+                yield self._loaded[name]
+            elif evidence.public_classifier is not None:
+                yield classifier_features(evidence.public_classifier)
+
+    def _judged(self, network: Features, evidence: Evidence, n: int) -> Iterator[_Judged]:
+        for suffix, (noun, images) in _sets(evidence).items():
+            chosen = subset(images, n, evidence.seed)
+            # Synthetic images are others in every run, so that their features need not be kept.
+            if images is evidence.real_test:
+                features = cached(network, chosen.pixels, self._cache)
+            else:
+                features = network(chosen.pixels)
+            yield _Judged(suffix, noun, features, chosen.labels)
+
+
+def _sets(evidence: Evidence) -> Mapping[str, tuple[str, Images]]:
+    sets = {"": ("the synthetic images", evidence.synthetic)}
+    if evidence.public_only is not None:
+        noun = "images of the model before private training"
+        sets[".public_only"] = (noun, evidence.public_only)
+    sets[".real_floor"] = ("the real test images", evidence.real_test)
+    return sets
+
+
+def _add_scores(
+    network: Features,
+    real: npt.NDArray[np.float32],
+    judged: Sequence[_Judged],
+    seed: int,
+    metrics: Metrics,
+) -> None:
+    comparison = Comparison(real, len(judged[0].features), seed)
+    for images in judged:
+        for score in comparison.scores(images.features):
+            metric = network.frechet_name if score.metric == "frechet" else score.metric
+            name = f"fidelity/{metric}.{network.name}{images.suffix}"
+            what = _MEANINGS[metric].format(images=images.noun, real=_REAL, label=network.label)
+            metrics.add(name, score.value, private=True, n=score.n, what=what)
+            if score.interval is not None:
+                for end, bound in zip(("low", "high"), score.interval, strict=True):
+                    metrics.add(
+                        f"{name}.ci_{end}",
+                        bound,
+                        private=True,
+                        n=score.n,
+                        what=f"{end.capitalize()}er end of the approximate 95 % interval of {name} "
+                        "for another draw of the images that are judged.",
+                    )
+
+
+def _add_classes(
+    network: Features,
+    real: npt.NDArray[np.float32],
+    judged: Sequence[_Judged],
+    evidence: Evidence,
+    metrics: Metrics,
+) -> None:
+    """Add a Frechet distance of each class with more than 2 D images in every set."""
+    for label, name in enumerate(evidence.real_train.classes):
+        rows = np.flatnonzero(evidence.real_train.labels == label)
+        of_class = [np.flatnonzero(images.labels == label) for images in judged]
+        n = min(len(places) for places in of_class)
+        if min(n, len(rows)) <= 2 * network.num_features:
+            continue
+        distance = FrechetDistance(real[rows])
+        for images, places in zip(judged, of_class, strict=True):
             metrics.add(
-                f"fidelity/frechet.classifier{suffix}",
-                frechet_distance(evidence.real_train, subset(images, n, evidence.seed), features),
+                f"fidelity/{network.frechet_name}.{network.name}.class.{name}{images.suffix}",
+                distance(images.features[places[:n]]),
                 private=True,
                 n=n,
-                what=f"Frechet distance between {noun} and the real training images, in the "
-                "features of a classifier trained on public images.",
+                what=_MEANINGS[network.frechet_name].format(
+                    images=f"{images.noun} of class {name}",
+                    real=f"{_REAL} of that class",
+                    label=network.label,
+                ),
             )
+
+
+def _add_inception_scores(
+    network: Features, judged: Sequence[_Judged], seed: int, metrics: Metrics
+) -> None:
+    """Add the Inception score, which looks at the judged images alone, where there are logits."""
+    n = len(judged[0].features)
+    if network.logits is None or n < SPLITS:
+        return
+    for images in judged:
+        metrics.add(
+            f"fidelity/inception_score.{network.name}{images.suffix}",
+            inception_score(network.logits(images.features), seed),
+            private=images.suffix == ".real_floor",
+            n=n,
+            what=f"Inception score of {images.noun}, {network.label}: how surely and how evenly "
+            "they show classes of ImageNet.",
+        )

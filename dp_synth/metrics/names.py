@@ -4,7 +4,18 @@ from collections.abc import Iterable
 
 _ACCURACY = "utility/accuracy."
 # What follows it without being the name of a split.
-_NO_SPLITS = frozenset({"public_only", "real", "synthetic_validation", "ci_low", "ci_high"})
+_NO_SPLITS = frozenset(
+    {
+        "public_only",
+        "real",
+        "dp_classifier",
+        "non_private_generator",
+        "ensemble",
+        "synthetic_validation",
+        "ci_low",
+        "ci_high",
+    }
+)
 
 
 def is_split_name(name: str) -> bool:

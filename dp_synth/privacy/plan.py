@@ -26,6 +26,7 @@ from dp_synth.privacy.wording import (
     EXAMPLE,
     GUARANTEE,
     MANY_IMAGES,
+    MANY_UNITS,
     NO_GUARANTEE,
     NOT_COVERED,
     VOID,
@@ -235,7 +236,7 @@ class PrivacyPlan:
                 {"query": "dp_sgd", "mechanism": "poisson_subsampled_gaussian", **mechanism}
             ],
             "unaccounted_looks": [],
-            "not_covered": list(NOT_COVERED if self.unit else (MANY_IMAGES, *NOT_COVERED)),
+            "not_covered": [MANY_UNITS if self.unit else MANY_IMAGES, *NOT_COVERED],
         }
 
     def _spent(self, steps_taken: int | None, accountant: str) -> accounting.Spent:

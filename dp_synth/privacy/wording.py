@@ -20,6 +20,11 @@ MANY_IMAGES = (
     "protected less, by each image's eps together."
 )
 
+MANY_UNITS = (
+    "People in several units: someone whose images stand under more than one value of the unit is "
+    "protected less, by each one's eps together."
+)
+
 NOT_COVERED = (
     (
         "Hyper-parameter search: further runs on the same private data, of these or other settings, "

@@ -1,243 +1,127 @@
-"""Charts as inline SVG, drawn with CSS variables so that they follow light and dark mode."""
+"""The charts of a report, as inline SVG."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
 from markupsafe import Markup
 
-_WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 16, 46
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval, whose ends may be unknown."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Scale:
-    """An axis from ``ticks[0]`` to ``ticks[-1]``, linear."""
-
-    ticks: tuple[float, ...]
-
-    def share(self, value: float) -> float:
-        """Where ``value`` lies on the axis, 0..1, held inside it."""
-        low, high = self.ticks[0], self.ticks[-1]
-        return min(max((value - low) / (high - low), 0.0), 1.0)
-
-
-def linear_scale(low: float, high: float, about: int = 5) -> Scale:
-    """An axis with some ``about`` round ticks that holds ``low`` and ``high``."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    last = max(last, first + 1)
-    return Scale(tuple(round(k * step, 12) for k in range(first, last + 1)))
-
-
-def proportion_scale(intervals: Sequence[Interval]) -> Scale:
-    """An axis of proportions that ends at 1 and begins at a round value below every interval."""
-    lowest = min((min(i.value, i.value if i.low is None else i.low) for i in intervals), default=0)
-    return linear_scale(max(0.0, min(lowest, 0.9)), 1.0, about=4)
-
-
-def interval_bar(interval: Interval, scale: Scale, kind: str) -> Markup:
-    """A dot with its interval; lengths in per cent, so that it stretches and its strokes do not.
-
-    Args:
-        interval: what to show.
-        scale: shared by the rows of one table.
-        kind: a CSS class: ``private``, ``public`` or ``real``.
-    """
-    grid = [
-        _line(f"{_percent(scale, t)}%", "0", f"{_percent(scale, t)}%", "100%", "grid")
-        for t in scale.ticks
-    ]
-    whisker = (
-        []
-        if interval.low is None or interval.high is None
-        else [
-            _line(
-                f"{_percent(scale, interval.low)}%",
-                "50%",
-                f"{_percent(scale, interval.high)}%",
-                "50%",
-                f"whisker {escape(kind)}",
-            )
-        ]
-    )
-    dot = f'<circle cx="{_percent(scale, interval.value)}%" cy="50%" r="4.5" class="dot {kind}"/>'
-    return Markup(f'<svg class="bar" aria-hidden="true">{"".join([*grid, *whisker, dot])}</svg>')
-
-
-def scale_legend(scale: Scale) -> Markup:
-    """The ends of an axis of proportions as the heading of a column of ``interval_bar``."""
-    labels = "".join(
-        f'<text x="{_percent(scale, tick)}%" y="12" text-anchor="{anchor}">{tick:.0%}</text>'
-        for tick, anchor in ((scale.ticks[0], "start"), (scale.ticks[-1], "end"))
-    )
-    return Markup(f'<svg class="bar legend" aria-hidden="true">{labels}</svg>')
+from dp_synth.reporting.drawing import Axis, Baseline, Plot
+from dp_synth.reporting.scales import Interval, Scale, linear_scale, log_scale, proportion_scale
 
 
 def epsilon_curve(points: Sequence[tuple[int, float]]) -> Markup:
-    """eps spent over optimizer steps, with the last value written at its point."""
-    xs = linear_scale(0, points[-1][0])
-    ys = linear_scale(0, max(eps for _, eps in points))
-    path = " ".join(f"{_x(xs.share(step)):.1f},{_y(ys.share(eps)):.1f}" for step, eps in points)
-    last_x, last_y = _x(xs.share(points[-1][0])), _y(ys.share(points[-1][1]))
-    base = _y(0)
-    area = f"{_x(0):.1f},{base:.1f} {path} {last_x:.1f},{base:.1f}"
-    body = [
-        *_axes(xs.ticks, [xs.share(t) for t in xs.ticks], ys, "training steps", "eps spent", "g"),
-        f'<polygon points="{area}" class="area"/>',
-        f'<polyline points="{path}" class="curve"/>',
-        f'<circle cx="{last_x:.1f}" cy="{last_y:.1f}" r="4.5" class="dot private"/>',
-    ]
-    return _figure(body, "eps spent over training steps")
+    """eps spent over optimizer steps, with a mark at the last value."""
+    last_step, last_eps = points[-1]
+    plot = Plot(
+        "eps spent over training steps",
+        Axis(linear_scale(0, last_step), "training steps", ",.4g" if last_step < 1e4 else ",.0f"),
+        Axis(linear_scale(0, max(eps for _, eps in points)), "eps spent", "g"),
+    )
+    plot.area(points)
+    plot.curve(points)
+    plot.dot(last_step, Interval(last_eps), "private")
+    return plot.svg()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run in the chart of accuracy over eps."""
+    """One run in a chart of quality over eps."""
 
     name: str
     eps: float
-    accuracy: Interval
+    quality: Interval
 
 
-def accuracy_over_eps(
-    outcomes: Sequence[Outcome], public_only: float | None, real: float | None
+def quality_over_eps(
+    outcomes: Sequence[Outcome], baselines: Sequence[Baseline], quality: Axis
 ) -> Markup:
-    """Accuracy of private synthetic data over eps (logarithmic), one mark with whiskers a run.
+    """Quality over eps (logarithmic), one mark with whiskers a run.
 
-    The line joins the means of runs of one eps, up to 2 digits; dashed lines are mean baselines.
+    The line joins the means of runs of one eps, up to 2 digits.
 
     Args:
         outcomes: at least one, of one data set.
-        public_only: accuracy of the public model's data (eps = 0).
-        real: accuracy of the real training data.
+        baselines: level lines.
+        quality: the vertical axis.
     """
-    baselines = [("public only", public_only, "public"), ("real data", real, "real")]
-    known = [Interval(value) for _, value, _ in baselines if value is not None]
-    ys = proportion_scale([*(o.accuracy for o in outcomes), *known])
     # Calibration leaves eps a little below its target: without rounding, 9.99 and 10 would collide.
     groups: dict[float, list[Outcome]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.eps):
         groups.setdefault(float(f"{outcome.eps:.2g}"), []).append(outcome)
-    ticks = list(groups)
-    shares = _log_shares(ticks)
-    body = _axes(ticks, [shares[t] for t in ticks], ys, "eps (log scale)", "accuracy", ".0%")
-    for label, value, kind in baselines:
-        if value is not None:
-            y = f"{_y(ys.share(value)):.1f}"
-            body.append(_line(str(_LEFT), y, str(_WIDTH - _RIGHT), y, f"baseline {kind}"))
-            body.append(
-                f'<text x="{_LEFT + 6}" y="{float(y) - 6:.1f}" class="{kind}">{label}</text>'
-            )
-    means = [_mean([o.accuracy.value for o in group]) for group in groups.values()]
-    path = " ".join(
-        f"{_x(shares[eps]):.1f},{_y(ys.share(mean)):.1f}"
-        for eps, mean in zip(ticks, means, strict=True)
+    plot = Plot(
+        f"{quality.label} over eps",
+        Axis(log_scale(list(groups)), "eps (log scale)", "g"),
+        quality,
     )
-    body.append(f'<polyline points="{path}" class="curve thin"/>')
+    plot.baselines(baselines)
+    means = [_mean([o.quality.value for o in group]) for group in groups.values()]
+    plot.curve(list(zip(groups, means, strict=True)), "thin")
     for eps, group in groups.items():
         for place, outcome in enumerate(group):
-            x = _x(shares[eps]) + 10 * (place - (len(group) - 1) / 2)
-            body.append(_outcome(outcome, x, ys))
-    return _figure(body, "Accuracy over eps")
+            title = f"{outcome.name}: {outcome.quality.value:.4g}"
+            aside = 10 * (place - (len(group) - 1) / 2)
+            plot.dot(eps, outcome.quality, "private", title, aside)
+    return plot.svg()
 
 
-def _outcome(outcome: Outcome, x: float, ys: Scale) -> str:
-    accuracy = outcome.accuracy
-    whisker = (
-        ""
-        if accuracy.low is None or accuracy.high is None
-        else _line(
-            f"{x:.1f}",
-            f"{_y(ys.share(accuracy.low)):.1f}",
-            f"{x:.1f}",
-            f"{_y(ys.share(accuracy.high)):.1f}",
-            "whisker private",
-        )
+def accuracy_over_size(
+    points: Sequence[tuple[int, Interval]], baselines: Sequence[Baseline]
+) -> Markup:
+    """Accuracy over the number of synthetic images trained on (logarithmic).
+
+    Args:
+        points: (images, accuracy), by ascending number, at least one.
+        baselines: level lines.
+    """
+    known = [Interval(baseline.value) for baseline in baselines]
+    plot = Plot(
+        "Accuracy over the number of synthetic images",
+        Axis(log_scale([size for size, _ in points]), "synthetic images (log scale)", ",.0f"),
+        percent_axis(proportion_scale([*(i for _, i in points), *known]), "accuracy"),
     )
-    return (
-        f"<g><title>{escape(outcome.name)}: {accuracy.value:.1%}</title>{whisker}"
-        f'<circle cx="{x:.1f}" cy="{_y(ys.share(accuracy.value)):.1f}" r="5" '
-        'class="dot private"/></g>'
+    plot.baselines(baselines)
+    plot.curve([(size, interval.value) for size, interval in points], "thin")
+    for size, interval in points:
+        plot.dot(size, interval, "private", f"{size:,} images: {interval.value:.1%}")
+    return plot.svg()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a classifier in the scatter plot.
+
+    Attributes:
+        name: shown where the pointer rests.
+        on_synthetic: accuracy by which it would be chosen, 0..1.
+        on_real: accuracy that it reaches on real data, 0..1.
+        chosen: whether it is the one that synthetic data choose.
+    """
+
+    name: str
+    on_synthetic: float
+    on_real: float
+    chosen: bool
+
+
+def tuning_scatter(settings: Sequence[Setting]) -> Markup:
+    """Accuracy on real over accuracy on synthetic data, one mark a setting, at least one."""
+    xs, ys = ([getattr(s, name) for s in settings] for name in ("on_synthetic", "on_real"))
+    plot = Plot(
+        "Accuracy of each setting on real over that on synthetic data",
+        percent_axis(linear_scale(min(xs), max(xs)), "accuracy on synthetic images"),
+        percent_axis(linear_scale(min(ys), max(ys)), "accuracy on real images"),
     )
+    # The chosen one last, so that no other covers it.
+    for setting in sorted(settings, key=lambda setting: setting.chosen):
+        kind = "private" if setting.chosen else "open"
+        plot.dot(setting.on_synthetic, Interval(setting.on_real), kind, setting.name)
+    return plot.svg()
 
 
-def _log_shares(values: Sequence[float]) -> dict[float, float]:
-    """Places 0.1..0.9 of increasing positive values on a logarithmic axis."""
-    if len(values) == 1:
-        return {values[0]: 0.5}
-    low, high = math.log(values[0]), math.log(values[-1])
-    return {value: 0.1 + 0.8 * (math.log(value) - low) / (high - low) for value in values}
-
-
-def _axes(
-    x_ticks: Sequence[float],
-    x_shares: Sequence[float],
-    ys: Scale,
-    x_label: str,
-    y_label: str,
-    y_format: str,
-) -> list[str]:
-    parts = []
-    for tick in ys.ticks:
-        y = _y(ys.share(tick))
-        parts.append(_line(str(_LEFT), f"{y:.1f}", str(_WIDTH - _RIGHT), f"{y:.1f}", "grid"))
-        parts.append(
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:{y_format}}</text>'
-        )
-    for tick, share in zip(x_ticks, x_shares, strict=True):
-        text = f"{tick:,.4g}" if tick < 1e4 else f"{tick:,.0f}"
-        parts.append(
-            f'<text x="{_x(share):.1f}" y="{_HEIGHT - _BOTTOM + 18}" '
-            f'text-anchor="middle">{text}</text>'
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle" class="label">{x_label}</text>'
-    )
-    half = (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(
-        f'<text x="12" y="{half}" text-anchor="middle" class="label" '
-        f'transform="rotate(-90 12 {half})">{y_label}</text>'
-    )
-    return parts
-
-
-def _figure(body: Sequence[str], title: str) -> Markup:
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(body)}</svg>'
-    )
-
-
-def _line(x1: str, y1: str, x2: str, y2: str, kind: str) -> str:
-    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" class="{kind}"/>'
-
-
-def _percent(scale: Scale, value: float) -> str:
-    # Room at both ends, so that a dot at the end of the axis is whole.
-    return f"{3 + 94 * scale.share(value):.2f}"
-
-
-def _x(share: float) -> float:
-    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-
-def _y(share: float) -> float:
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+def percent_axis(scale: Scale, label: str) -> Axis:
+    """An axis of proportions, in per cent with as many digits as its ticks need."""
+    whole = all(abs(100 * tick - round(100 * tick)) < 1e-9 for tick in scale.ticks)
+    return Axis(scale, label, ".0%" if whole else ".1%")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -121,7 +121,7 @@ def class_folders(root: Path) -> list[Path]:
         for path in root.iterdir()
         if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
     ]
-    return sorted(folders, key=lambda folder: _natural(folder.name))
+    return sorted(folders, key=lambda folder: natural_order(folder.name))
 
 
 def count_images(root: Path) -> int:
@@ -129,7 +129,8 @@ def count_images(root: Path) -> int:
     return sum(1 for folder in class_folders(root) for _ in folder.glob("*.png"))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort class names by: ``2`` before ``10``."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]

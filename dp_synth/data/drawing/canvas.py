@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +65,10 @@ class Canvas:
         """Take, for each picture, one of the options ``[n, ...]``, all as likely."""
         choice = torch.from_numpy(self.rng.integers(len(options), size=self.n))
         return torch.stack(options)[choice, torch.arange(self.n)]
+
+    def half_turn(self, *shape: int) -> Tensor:
+        """Draw directions ``[n, *shape]`` in radians, of lines: a half turn holds them all."""
+        return self.uniform(0, math.pi, *shape)
 
     def point(self, margin: float) -> Tensor:
         """Draw points ``[n, 2, 1, 1]`` (x, y) of the picture, enlarged by ``margin`` about 0."""

@@ -46,6 +46,11 @@ def paint(colours: Tensor, index: int) -> Tensor:
     return colours[:, index, :, None, None]
 
 
+def paints(colours: Tensor) -> tuple[Tensor, ...]:
+    """All colours of a palette ``[n, count, 3]``, each to be laid over a picture: [n, 3, 1, 1]."""
+    return colours[..., None, None].unbind(1)
+
+
 def luma(picture: Tensor) -> Tensor:
     """The grey of a picture ``[n, 3, H, W]``: ``[n, 1, H, W]``."""
     return (picture * torch.tensor(_LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)

@@ -20,7 +20,7 @@ def clouds(canvas: Canvas, slope: Tensor, count: int = 1) -> Tensor:
     ``slope`` ``[n]`` is about 2 in photographs of nature (Field 1987). Each picture's noise is
     stretched by up to a half in a random direction.
     """
-    angle, stretch = canvas.uniform(0, math.pi, 1, 1), canvas.uniform(1, 1.5, 1, 1).sqrt()
+    angle, stretch = canvas.half_turn(1, 1), canvas.uniform(1, 1.5, 1, 1).sqrt()
     fy = torch.fft.fftfreq(canvas.height).view(1, -1, 1)
     fx = torch.fft.rfftfreq(canvas.width).view(1, 1, -1)
     along, across = angle.cos() * fx + angle.sin() * fy, angle.cos() * fy - angle.sin() * fx
@@ -117,7 +117,7 @@ def _stretched(dx: Tensor, dy: Tensor, angle: Tensor, stretch: Tensor, number: T
 
 def pattern(canvas: Canvas) -> Tensor:
     """A random pattern 0..1, ``[n, H, W]``: plain, stripes, checks, spots or clouds."""
-    along, across = canvas.turned(canvas.uniform(0, math.pi, 1, 1))
+    along, across = canvas.turned(canvas.half_turn(1, 1))
     warp = canvas.uniform(0, 0.1, 1, 1) * bend(canvas, 4)[:, 0]
     frequency = canvas.uniform(1, 5, 1, 1)
     sharpness = canvas.uniform(0.4, 3, 1, 1)

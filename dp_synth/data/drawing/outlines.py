@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -85,8 +83,3 @@ def limb(canvas: Canvas, u: Tensor, v: Tensor, slant: Tensor, reach: Tensor) -> 
 def covered(canvas: Canvas, outline: Tensor, size: Tensor | float) -> Tensor:
     """Coverage 0..1 of the inside of an outline whose unit is ``size``, its edge anti-aliased."""
     return edge((1 - outline) * size, canvas.pixel)
-
-
-def half_turn(canvas: Canvas, *shape: int) -> Tensor:
-    """Random directions, radians, ``[n, *shape]``: a half turn holds them all."""
-    return canvas.uniform(0, math.pi, *shape)

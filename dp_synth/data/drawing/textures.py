@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from dp_synth.data.drawing.canvas import Canvas, edge, over
-from dp_synth.data.drawing.colours import exposed, paint, palette
+from dp_synth.data.drawing.colours import exposed, paint, paints, palette
 from dp_synth.data.drawing.fields import bend, cells, cloud, clouds, of_cell, per_cell, wave
-from dp_synth.data.drawing.outlines import convex, covered, half_turn
+from dp_synth.data.drawing.outlines import convex, covered
 
 
 def noise(canvas: Canvas) -> Tensor:
     """Coloured noise with the spectrum of photographs, power falling as f^-1.2 to f^-3.2."""
     light, hue, other = clouds(canvas, canvas.uniform(1.2, 3.2), 3).split(1, dim=1)
-    first, second, third = palette(canvas, 3).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    first, second, third = paints(palette(canvas, 3))
     picture = first + 0.25 * light + 0.5 * hue * (second - first) + 0.25 * other * (third - first)
     return exposed(canvas, picture)
 
@@ -22,7 +22,7 @@ def noise(canvas: Canvas) -> Tensor:
 def stripes(canvas: Canvas) -> Tensor:
     """Gratings, checks and rings, warped, of two or three colours."""
     warp = canvas.uniform(0, 0.25, 1, 1, 1) * bend(canvas, 4, 2)
-    along, across = canvas.turned(half_turn(canvas, 1, 1))
+    along, across = canvas.turned(canvas.half_turn(1, 1))
     along, across = along + warp[:, 0], across + warp[:, 1]
     centre = canvas.point(1)
     ring = ((along - centre[:, 0]).square() + (across - centre[:, 1]).square()).sqrt()
@@ -34,7 +34,7 @@ def stripes(canvas: Canvas) -> Tensor:
     bars = wave(across * period * canvas.uniform(0.5, 1.5, 1, 1) + phase, sharpness)
     rings = wave(ring * period + phase, sharpness)
     nothing = torch.zeros_like(lines)
-    base, top, cross = palette(canvas, 3).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    base, top, cross = paints(palette(canvas, 3))
     first = canvas.one_of(lines, lines, rings)
     second = canvas.one_of(nothing, bars, bars) * canvas.uniform(0.3, 1, 1, 1)
     picture = over(over(base, top, first), cross, second)
@@ -44,7 +44,7 @@ def stripes(canvas: Canvas) -> Tensor:
 def mosaic(canvas: Canvas) -> Tensor:
     """Stones, tiles and scales: Voronoi cells with joints, each of its own shade."""
     warp = canvas.uniform(0, 0.1, 1, 1, 1) * bend(canvas, 5, 2)
-    along, across = canvas.turned(half_turn(canvas, 1, 1))
+    along, across = canvas.turned(canvas.half_turn(1, 1))
     scale = canvas.uniform(1.2, 4, 1, 1)
     squash = canvas.uniform(1, 1.8, 1, 1)
     jitter = canvas.uniform(0, 1, 1)
@@ -55,7 +55,7 @@ def mosaic(canvas: Canvas) -> Tensor:
         canvas.uniform(0.05, 0.25, 1, 1) - (pattern.second - pattern.nearest),
         scale * canvas.pixel * 2,
     )
-    first, second, mortar = palette(canvas, 3).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    first, second, mortar = paints(palette(canvas, 3))
     shade = of_cell(per_cell(canvas, 0, 1), pattern.index)
     bulge = canvas.uniform(-0.2, 0.5, 1, 1) * pattern.nearest
     grain = canvas.uniform(0, 0.1, 1, 1) * cloud(canvas)
@@ -73,7 +73,7 @@ def leaves(canvas: Canvas, count: int = 32) -> Tensor:
     size = (least**-2 + place * (most**-2 - least**-2)).rsqrt()  # density r^-3
     for leaf in range(count):
         centre = canvas.point(1.2)
-        angle = half_turn(canvas, 1, 1)
+        angle = canvas.half_turn(1, 1)
         aspect = canvas.uniform(0.45, 1, 1, 1)
         radius = size[:, leaf, None, None]
         cos, sin = angle.cos() / radius, angle.sin() / radius

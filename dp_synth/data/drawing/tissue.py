@@ -6,12 +6,13 @@ the absorbances that Ruifrok & Johnston (2001) published for the two stains.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dp_synth.data.drawing.canvas import Canvas, edge
 from dp_synth.data.drawing.fields import bend, cells, cloud, of_cell, per_cell
-from dp_synth.data.drawing.outlines import half_turn
 
 _HAEMATOXYLIN = (0.650, 0.704, 0.286)
 _EOSIN = (0.072, 0.990, 0.105)
@@ -20,7 +21,7 @@ _EOSIN = (0.072, 0.990, 0.105)
 def epithelium(canvas: Canvas) -> Tensor:
     """Crowded blue-violet nuclei in pink cytoplasm, with pale gaps and lumens."""
     crowding = canvas.uniform(0.5, 1, 1, 1)
-    nuclei, cytoplasm = _nuclei(canvas, canvas.uniform(2, 6, 1, 1), crowding, oval=0.4, along=None)
+    nuclei, cytoplasm = _nuclei(canvas, canvas.uniform(2, 6, 1, 1), crowding, oval=0.4, fibres=None)
     gap = edge(cloud(canvas, 2.5, 4) - canvas.uniform(0.6, 3, 1, 1), 0.3)
     eosin = canvas.uniform(0.15, 0.5, 1, 1) * (1 + 0.2 * cloud(canvas)) + 0.15 * cytoplasm
     return _stained(canvas, nuclei * (1 - gap) + 0.08, eosin * (1 - gap))
@@ -28,7 +29,7 @@ def epithelium(canvas: Canvas) -> Tensor:
 
 def stroma(canvas: Canvas) -> Tensor:
     """Wavy pink fibres with few thin nuclei, and white fat cells between them."""
-    along, across = canvas.turned(half_turn(canvas, 1, 1))
+    along, across = canvas.turned(canvas.half_turn(1, 1))
     warp = canvas.uniform(0.05, 0.3, 1, 1) * bend(canvas, 4)[:, 0]
     across = across + warp
     fibres = _strands(canvas, along, across)
@@ -48,8 +49,9 @@ def _strands(canvas: Canvas, along: Tensor, across: Tensor) -> Tensor:
     """Lines of varied strength across the fibres' direction, -1..1."""
     frequency = canvas.uniform(2, 7, 1, 1)
     wander = bend(canvas, 6)[:, 0]
-    wave = (6.28 * frequency * across + 2 * wander + along).sin()
-    finer = (6.28 * 2.3 * frequency * across - 1.5 * along + wander).sin()
+    phase = 2 * math.pi * frequency * across
+    wave = (phase + 2 * wander + along).sin()
+    finer = (2.3 * phase - 1.5 * along + wander).sin()
     return 0.6 * wave + 0.4 * finer
 
 
@@ -58,11 +60,15 @@ def _nuclei(
     scale: Tensor,
     crowding: Tensor,
     oval: float,
-    along: tuple[Tensor, Tensor] | None,
+    fibres: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Haematoxylin of nuclei, 0 to about 1, and how near each sample is to its cell's border."""
-    x, y = canvas.turned(half_turn(canvas, 1, 1)) if along is None else along
-    squash = 1.0 if along is None else 3.0
+    """Haematoxylin of nuclei, 0 to about 1, and how near each sample is to its cell's border.
+
+    Where there are fibres, given by the coordinates along and across them, nuclei are thin and lie
+    along.
+    """
+    x, y = canvas.turned(canvas.half_turn(1, 1)) if fibres is None else fibres
+    squash = 1.0 if fibres is None else 3.0
     pattern = cells(canvas, x * scale, y * scale * squash, 0.8, oval)
     size = of_cell(per_cell(canvas, 0.25, 0.48), pattern.index)
     present = (of_cell(per_cell(canvas, 0, 1), pattern.index) < crowding).float()

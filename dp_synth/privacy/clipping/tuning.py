@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_synth.files import write_atomically
+from dp_synth.files import cache_folder, write_atomically
 from dp_synth.privacy.clipping.book_keeping import BookKept
 from dp_synth.privacy.clipping.contributions import Contribution, squared_norms
 from dp_synth.privacy.clipping.recording import Call, Ways
@@ -184,6 +183,5 @@ class TimingsCache:
 
 
 def timings_file() -> Path:
-    """Where timings are kept between runs: in ``$DP_SYNTH_CACHE`` or ``~/.cache/dp_synth``."""
-    folder = os.environ.get("DP_SYNTH_CACHE") or os.path.join("~", ".cache", "dp_synth")
-    return Path(os.path.expanduser(folder)) / "clipping_timings.json"
+    """Where timings are kept between runs."""
+    return cache_folder() / "clipping_timings.json"

@@ -1,0 +1,109 @@
+"""The numbers of ``metrics.json`` with their intervals and with what ``metrics_meta.json`` says of them."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from dp_synth.reporting.scales import Interval
+
+_ENDS = (".ci_low", ".ci_high")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number and what is known about it.
+
+    Attributes:
+        key: its name in ``metrics.json``.
+        label: its name on the page.
+        hint: a few words more.
+        kind: CSS class of its mark, see ``page.css``.
+        interval: the value and the ends of its interval.
+        private: whether it looked at private images. Unknown counts as yes.
+        n: images that it was computed on, if known.
+        what: a sentence that defines it, or nothing.
+    """
+
+    key: str
+    label: str
+    hint: str
+    kind: str
+    interval: Interval
+    private: bool
+    n: int | None
+    what: str
+
+    @property
+    def value(self) -> float:
+        """The number itself."""
+        return self.interval.value
+
+    def named(self, label: str, hint: str = "", kind: str = "private") -> "Metric":
+        """The same number under another name."""
+        return replace(self, label=label, hint=hint, kind=kind)
+
+
+class Numbers:
+    """All numbers of a run, by name; the ends of an interval belong to their number.
+
+    Args:
+        metrics: as ``metrics.json`` has them; what is no finite number is left out.
+        meta: as ``metrics_meta.json`` has them.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        values = {key: float(value) for key, value in metrics.items() if _is_finite(value)}
+        ends = {key + end for key in values for end in _ENDS}
+        self._metrics = {
+            key: _metric(key, values, meta.get(key)) for key in sorted(values) if key not in ends
+        }
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(self._metrics.values())
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def find(self, key: str) -> Metric | None:
+        """The number of a name, or None."""
+        return self._metrics.get(key)
+
+    def under(self, prefix: str) -> dict[str, Metric]:
+        """The numbers whose names begin with ``prefix``, by the rest of the name."""
+        return {
+            key.removeprefix(prefix): metric
+            for key, metric in self._metrics.items()
+            if key.startswith(prefix)
+        }
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _metric(key: str, values: Mapping[str, float], about: Any) -> Metric:
+    about = about if isinstance(about, Mapping) else {}
+    low, high = (values.get(key + end) for end in _ENDS)
+    n = about.get("n")
+    return Metric(
+        key=key,
+        label=key,
+        hint="",
+        kind="private",
+        interval=Interval(values[key], low, high),
+        private=bool(about.get("private", not key.startswith("public/"))),
+        n=n if isinstance(n, int) else None,
+        what=str(about.get("what", "")),
+    )
+
+
+def figures(value: float, digits: int) -> str:
+    """A number for a reader: ``digits`` significant ones, or whole with separators from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def decimal(value: float) -> str:
+    """A small number without an exponent, as far as that stays readable: ``0.00001``."""
+    return f"{value:g}" if value < 1e-7 else f"{Decimal(f'{value:g}'):f}"
