@@ -65,7 +65,7 @@ def train(cfg: DictConfig, path: str) -> Run:
         fine_tune(run, cfg, plan, net, images)
         if sampler is not None:
             sample_run(run, cfg, sampler, run.samples_dir)
-            if is_on(cfg.evaluator):
+            if is_on(cfg.evaluator) and not run.metrics():  # each evaluation is a look
                 evaluate_run(run, cfg)
         report_runs([run], run.report_path)
         log_run(run, cfg.logger)

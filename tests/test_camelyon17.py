@@ -360,7 +360,7 @@ def test_a_run_is_tested_on_all_three_other_splits(folder, command, tmp_path):
     assert look["splits"] == ["train", "test", "val", "id_val"]
     assert run.statement()["num_examples"] == len(rows["train"])
     page = run.report_path.read_text()
-    assert "of val" in page and "of id_val" in page
+    assert ">val<" in page and ">id_val<" in page
     assert sorted(p.name for p in run.samples_dir.iterdir()) == ["README.md", "normal", "tumor"]
 
     again = command(evaluate, f"run={run.path}", "evaluator.classifier.steps=2")

@@ -35,6 +35,7 @@ def test_the_run_directory_is_the_contracts(finished_run):
         "samples",
         "public",
         "logs",
+        "local",
         "metrics.json",
         "metrics_meta.json",
         "report.html",

@@ -350,11 +350,11 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_config(
 
 def test_a_finished_run_is_not_trained_again(command, run_copy, monkeypatch):
     def no_more(*args, **kwargs):
-        raise AssertionError("trained or sampled again")
+        raise AssertionError("trained, sampled or evaluated again")
 
     monkeypatch.setattr(finetuning, "fit", no_more)
     monkeypatch.setattr("dp_synth.samplers.Sampler.__call__", no_more)
-    monkeypatch.setattr(train, "evaluate_run", lambda run, cfg: None)
+    monkeypatch.setattr(train, "evaluate_run", no_more)
     before = files_below(run_copy.path)
     assert command(train, f"run={run_copy.path}", "resume=true").code == 0
     after = files_below(run_copy.path)

@@ -75,9 +75,12 @@ def _distance_chart(valid: Sequence[Content], here: Sequence[Content]) -> Markup
             )
             if (values := _values(here, f"{key}.{suffix}"))
         ]
-        highest = max([max(o.quality.value, *o.quality.ends) for o in outcomes]
-                      + [b.value for b in baselines])  # fmt: skip
-        return quality_over_eps(outcomes, baselines, Axis(linear_scale(0, highest), label, ",.4g"))
+        highest = max(
+            *(max(o.quality.value, *o.quality.ends) for o in outcomes),
+            *(b.value for b in baselines),
+        )
+        axis = Axis(linear_scale(0, highest), label, ",.0f" if highest >= 1000 else ".4g")
+        return quality_over_eps(outcomes, baselines, axis)
     return None
 
 

@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from dp_synth.reporting.scales import Interval, Scale
 
-_WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 16, 48
+_WIDTH, _HEIGHT = 460, 264
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 34, 48
 _LABEL_GAP = 0.1  # of the axis, between the labels of two ticks
 
 
@@ -118,10 +118,9 @@ class Plot:
 
     def _labels(self) -> list[str]:
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
-        half = (_TOP + _HEIGHT - _BOTTOM) / 2
         return [
             _text(middle, _HEIGHT - 6, self._x.label),
-            _text(12, half, self._y.label, turn=f"rotate(-90 12 {half})"),
+            _text(4, 13, self._y.label, "start"),
         ]
 
 
@@ -134,6 +133,5 @@ def _level(y: float, kind: str) -> str:
     return line(f"{_LEFT}", f"{y:.1f}", f"{_WIDTH - _RIGHT}", f"{y:.1f}", kind)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "middle", turn: str = "") -> str:
-    turned = f' transform="{turn}"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(words)}</text>'
+def _text(x: float, y: float, words: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

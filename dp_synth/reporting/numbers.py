@@ -8,8 +8,6 @@ from typing import Any
 
 from dp_synth.reporting.scales import Interval
 
-_ENDS = (".ci_low", ".ci_high")
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -46,7 +44,7 @@ class Metric:
 
 
 class Numbers:
-    """All numbers of a run, by name; the ends of an interval belong to their number.
+    """All numbers of a run, by name; both ends of an interval together belong to their number.
 
     Args:
         metrics: as ``metrics.json`` has them; what is no finite number is left out.
@@ -55,7 +53,7 @@ class Numbers:
 
     def __init__(self, metrics: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         values = {key: float(value) for key, value in metrics.items() if _is_finite(value)}
-        ends = {key + end for key in values for end in _ENDS}
+        ends = {end for key in values if (both := _ends(key)) <= values.keys() for end in both}
         self._metrics = {
             key: _metric(key, values, meta.get(key)) for key in sorted(values) if key not in ends
         }
@@ -79,20 +77,26 @@ class Numbers:
         }
 
 
+def _ends(key: str) -> set[str]:
+    return {f"{key}.ci_low", f"{key}.ci_high"}
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _metric(key: str, values: Mapping[str, float], about: Any) -> Metric:
     about = about if isinstance(about, Mapping) else {}
-    low, high = (values.get(key + end) for end in _ENDS)
+    interval = Interval(values[key])
+    if _ends(key) <= values.keys():
+        interval = Interval(values[key], values[f"{key}.ci_low"], values[f"{key}.ci_high"])
     n = about.get("n")
     return Metric(
         key=key,
         label=key,
         hint="",
         kind="private",
-        interval=Interval(values[key], low, high),
+        interval=interval,
         private=bool(about.get("private", not key.startswith("public/"))),
         n=n if isinstance(n, int) else None,
         what=str(about.get("what", "")),
