@@ -506,7 +506,7 @@ def test_whom_the_guarantee_protects_is_said(tmp_path, statement):
 def test_no_test_guesses_right_more_often_than_the_page_says(eps, delta):
     # Randomized response that tells the truth outright with probability delta attains the bound.
     truth = delta + (1 - delta) * math.exp(eps) / (1 + math.exp(eps))
-    shown = float(meaning.guess(eps, delta).removesuffix(" %")) / 100
+    shown = float(meaning.guess(eps, delta).removesuffix("\N{NO-BREAK SPACE}%")) / 100
     assert truth - 1e-12 <= shown <= truth + 0.0011
 
 

@@ -3,6 +3,7 @@
 import math
 
 _LIMIT = 50  # e to the power of more is no number that helps a reader
+_PER_CENT = "\N{NO-BREAK SPACE}%"
 
 
 def odds_factor(eps: float) -> str:
@@ -27,11 +28,11 @@ def guess(eps: float, delta: float) -> str:
     # 1 - share, since the share itself rounds to 1 at a large eps.
     wrong = max(0.0, 1 - delta) / (1 + math.exp(min(eps, _LIMIT)))
     if wrong < 1e-8:
-        return "100 %"
+        return f"100{_PER_CENT}"
     decimals = max(1, math.ceil(-math.log10(100 * wrong)))
     # What is wrong is rounded down: a bound must not look tighter than it is.
     shown = math.floor(100 * wrong * 10**decimals + 1e-9) / 10**decimals
-    return f"{100 - shown:.{decimals}f} %"
+    return f"{100 - shown:.{decimals}f}{_PER_CENT}"
 
 
 def _figures(value: float) -> str:
