@@ -71,7 +71,7 @@ class Images:
         return channels, height, width
 
     def select(self, indices: npt.ArrayLike) -> Images:
-        """Return the images at ``indices``, in that order; the classes stay.
+        """Return the images at ``indices``, in that order; the classes stay, ``missing`` is 0.
 
         Args:
             indices: integers ``[M]`` (repeats allowed, may be empty) or a boolean mask ``[N]``.
