@@ -12,6 +12,7 @@ from dp_synth.errors import UserError
 from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule
 from dp_synth.networks import Trainable, choose_trainable
+from dp_synth.privacy.optimizer import NoisingOptimizer
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 
 _FLAGS = (
@@ -19,6 +20,7 @@ _FLAGS = (
     "dataset.verify",  # where there is something to verify
     "dataset.download",
     "trainer.activation_checkpointing",
+    "trainer.diagnostics",
 )
 
 
@@ -48,7 +50,13 @@ def check_config(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
         count("public.steps", cfg.public.steps)
         count("public.batch_size", cfg.public.batch_size)
     net = build_network(cfg, tuple(cfg.dataset.image_shape), cfg.dataset.num_classes)
-    build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    if isinstance(plan, PrivacyPlan):
+        NoisingOptimizer(module.configure_optimizers(), plan)  # refuses noise that cannot be had
+    if is_on(cfg.audit):
+        instantiate(cfg.audit).check(plan, net)
+    if cfg.ledger.max_eps is not None:
+        positive("ledger.max_eps", cfg.ledger.max_eps)
     build_trainer(cfg.trainer)
     for group in (cfg.sampler, cfg.evaluator, cfg.logger):
         if is_on(group):
@@ -61,7 +69,8 @@ def _check_declared(cfg: DictConfig, plan: PrivacyPlan | PublicPlan) -> None:
     for size in cfg.dataset.image_shape:
         count("dataset.image_shape: a size", size)
     count("dataset.num_classes", cfg.dataset.num_classes)
-    if plan.num_examples != cfg.dataset.num_examples:
+    canaries = instantiate(cfg.audit).num_canaries if is_on(cfg.audit) else 0
+    if plan.num_examples != cfg.dataset.num_examples + canaries:
         raise UserError(
             f"privacy.num_examples={plan.num_examples} is not "
             f"dataset.num_examples={cfg.dataset.num_examples}; leave privacy.num_examples out."

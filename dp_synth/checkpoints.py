@@ -1,7 +1,9 @@
 """Checkpoints of the private phase: written atomically, read as data only, resumable."""
 
+import json
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,21 @@ from dp_synth.checks import count
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
 
-# Holds the steps of the newest checkpoint ever written.
-_FURTHEST = "furthest"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        steps: of the furthest checkpoint of this branch.
+        abandoned: steps of earlier branches, from the checkpoint at which a run went on to the
+            furthest one that had been written. They left output, and count beside ``steps``.
+    """
+
+    steps: int = 0
+    abandoned: int = 0
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -44,8 +59,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(
-                f"{path} is not a checkpoint of this program or is damaged; an older one would "
-                "spend its steps' eps a second time, so restore this file or start a new run."
+                f"{path} is not a checkpoint of this program or is damaged; restore it, or remove it "
+                "to go on from an older one, whose steps then count twice."
             ) from error
 
 
@@ -83,11 +98,17 @@ class PeriodicCheckpoint(Callback):
         last = trainer.global_step == trainer.max_steps
         if trainer.global_step % self.every == 0 or overdue or last:
             self.save(trainer)
+        if last:
+            # Which steps the clock chose tells how long they took, and nobody needs them any more.
+            for path in newest_first(self.directory)[1:]:
+                if int(path.stem.removeprefix("step=")) % self.every:
+                    path.unlink()
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Save now, note how far the run has come, then drop all but the newest two."""
         trainer.save_checkpoint(_path(self.directory, trainer.global_step))
-        write_atomically(self.directory / _FURTHEST, f"{trainer.global_step}\n")
+        abandoned = read_progress(self.directory).abandoned
+        write_progress(self.directory, Progress(trainer.global_step, abandoned))
         self.saved_at = time.monotonic()
         for old in newest_first(self.directory)[2:]:
             old.unlink()
@@ -98,25 +119,45 @@ def newest_first(directory: Path) -> list[Path]:
     return sorted(directory.glob("step=*.ckpt"), reverse=True)
 
 
-def resume_point(directory: Path) -> Path | None:
-    """The checkpoint to continue from, or None where a run was stopped before its first one.
+def resume_point(directory: Path) -> tuple[Path | None, Progress]:
+    """The checkpoint to continue from, and what counts if the run goes on there.
 
-    Steps after the furthest checkpoint left no output and are redone. Those before it did: taking
-    them again would spend their eps twice, which no plan holds.
+    Steps after the furthest checkpoint left no output: they are redone, and count once. If the
+    furthest checkpoint is gone, the steps from the newest that is left to it count as abandoned.
+
+    Returns:
+        The newest checkpoint, or None where there is none, and the progress that is to be written
+        before the run goes on.
+    """
+    noted = read_progress(directory)
+    newest = next(iter(newest_first(directory)), None)
+    steps = 0 if newest is None else int(newest.stem.removeprefix("step="))
+    # A crash between the two writes leaves the note one checkpoint behind, never ahead.
+    return newest, Progress(steps, noted.abandoned + max(0, noted.steps - steps))
+
+
+def read_progress(directory: Path) -> Progress:
+    """What was last written; no steps before the first checkpoint.
 
     Raises:
-        UserError: the furthest checkpoint is gone.
+        UserError: the file is damaged.
     """
-    note = directory / _FURTHEST
-    noted = _path(directory, int(note.read_text())) if note.is_file() else None
-    # A crash between the two writes leaves the note one checkpoint behind, never ahead.
-    newest = next(iter(newest_first(directory)), None)
-    if noted is not None and (newest is None or newest.name < noted.name):
+    path = directory / _PROGRESS
+    if not path.is_file():
+        return Progress()
+    try:
+        return Progress(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise UserError(
-            f"{noted} is missing; an older checkpoint would spend its steps' eps a second time, "
-            "so restore this file or start a new run."
-        )
-    return newest
+            f"{path} is damaged; without it nobody knows what was spent, so restore it or start a "
+            "new run."
+        ) from error
+
+
+def write_progress(directory: Path, progress: Progress) -> None:
+    """Note how far a run has come; whole or not at all."""
+    directory.mkdir(exist_ok=True)
+    write_atomically(directory / _PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
 def _path(directory: Path, steps_taken: int) -> Path:

@@ -63,7 +63,7 @@ def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 # Hydra ends the process by itself (exit code 1) unless it lets exceptions through.
                 with environment(HYDRA_FULL_ERROR="1"):
                     app()
-            except (HydraException, OmegaConfBaseException, OSError) as error:
+            except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
                 mistakes.append(_as_user_error(error, config_name))
             except KeyboardInterrupt:
                 sys.exit(130)

@@ -2,9 +2,10 @@
 
 import math
 import sys
+from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.data.survey import Survey
 from dp_synth.errors import UserError
@@ -12,6 +13,9 @@ from dp_synth.errors import UserError
 # With a third of the examples in a batch the noise in each step is small for its eps, and a few
 # hundred steps are few passes; beyond a few thousand, cost grows faster than noise falls.
 _LARGEST_BATCH = 4096
+# Of eps, for the histogram of labels. Costs of unlike Gaussian queries add up about as squares: a
+# twentieth takes a four-hundredth of what training has.
+_HISTOGRAM_SHARE = 0.05
 
 
 def declare(cfg: DictConfig) -> Survey | None:
@@ -49,9 +53,27 @@ def declare(cfg: DictConfig) -> Survey | None:
             )
     if dataset.delta is None:
         dataset.delta = default_delta(dataset.num_examples)
+    _declare_histogram(cfg)
+    if OmegaConf.select(cfg, "ledger.path") is not None:  # a resumed run may be in another folder
+        cfg.ledger.path = str(Path(cfg.ledger.path).expanduser().absolute())
     if cfg.privacy.batch_size is None:
         cfg.privacy.batch_size = min(_LARGEST_BATCH, -(-dataset.num_examples // 3))
+    if OmegaConf.select(cfg, "audit._target_"):  # canaries are examples, too
+        cfg.privacy.num_examples = dataset.num_examples + instantiate(cfg.audit).num_canaries
     return survey
+
+
+def _declare_histogram(cfg: DictConfig) -> None:
+    """Samplers that ask for the classes' shares have the plan query them."""
+    if OmegaConf.select(cfg, "sampler.labels") != "dp_histogram":
+        return
+    if OmegaConf.select(cfg, "privacy.eps") is None:
+        raise UserError(
+            "sampler.labels=dp_histogram is a private query, and privacy=none has no budget for "
+            "it; sampler.labels=uniform would work."
+        )
+    if cfg.privacy.label_histogram_eps is None:
+        cfg.privacy.label_histogram_eps = cfg.privacy.eps * _HISTOGRAM_SHARE
 
 
 def default_delta(num_examples: int) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dp_synth.books import Books
 from dp_synth.building import is_on, load_images
 from dp_synth.checks import whole
 from dp_synth.cli import command
@@ -14,6 +15,7 @@ from dp_synth.errors import UserError
 from dp_synth.loggers.choice import log_run
 from dp_synth.pretraining import load_public
 from dp_synth.runs import Run
+from dp_synth.sample import fresh_samples
 from dp_synth.summary import print_metrics
 
 
@@ -36,21 +38,39 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
     """
     own = run.config()
     samples = samples or run.samples_dir
+    if reads_private_images(cfg):
+        metrics, meta = _compared_with_private(run, cfg, samples)
+    else:
+        metrics, meta = instantiate(cfg.evaluator)(
+            synthetic=read_image_folder(samples),
+            flip=OmegaConf.select(own, "dataset.flip", default=False),
+            seed=cfg.seed,
+        )
+    if samples.resolve() == run.samples_dir.resolve():
+        run.write_metrics(metrics, meta)
+    return metrics
+
+
+def reads_private_images(cfg: DictConfig) -> bool:
+    """Whether the evaluator looks at anything but synthetic images."""
+    return bool(instantiate(cfg.evaluator).reads_private_images)
+
+
+def _compared_with_private(
+    run: Run, cfg: DictConfig, samples: Path
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    own = run.config()
     other_tests = list(OmegaConf.select(own, "dataset.other_tests", default=[]))
     # Before the look itself: a crash in the middle has looked, too.
-    run.record_look(
+    books = Books(run)
+    books.record_look(
         "Evaluation compared synthetic data with private images, without noise.",
         samples=samples.name,
         evaluator=cfg.evaluator._target_,
         splits=["train", "test", *other_tests],
     )
     plan = instantiate(own.privacy)
-
-    def record_query(query: dict[str, Any]) -> None:
-        statement = run.statement()
-        run.write_statement(statement | {"queries": [*statement["queries"], query]})
-
-    metrics, meta = instantiate(cfg.evaluator)(
+    return instantiate(cfg.evaluator)(
         synthetic=read_image_folder(samples),
         public_only=(
             read_image_folder(run.public_only_dir) if run.public_only_dir.is_dir() else None
@@ -61,13 +81,11 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         public=load_public(own),
         plan=plan if plan.private else None,
         flip=OmegaConf.select(own, "dataset.flip", default=False),
-        record_query=record_query,
+        fresh=fresh_samples(run) if samples.resolve() == run.samples_dir.resolve() else None,
+        record_query=books.record_query,
         seed=cfg.seed,
         local_dir=run.local_dir,
     )
-    if samples.resolve() == run.samples_dir.resolve():
-        run.write_metrics(metrics, meta)
-    return metrics
 
 
 def check_test_images(cfg: DictConfig) -> None:

@@ -1,16 +1,63 @@
-"""The private phase: takes the plan's steps, keeps ``privacy.json`` true at every moment."""
+"""The private phase: takes the plan's steps, keeps ``privacy.json`` and the ledger true throughout."""
 
 from diffusers import UNet2DModel
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.building import build_module, is_on
-from dp_synth.checkpoints import PeriodicCheckpoint, resume_point
+from dp_synth.books import Books
+from dp_synth.building import build_module, is_on, load_images
+from dp_synth.checkpoints import (
+    PeriodicCheckpoint,
+    resume_point,
+    write_progress,
+)
 from dp_synth.data.images import Images
+from dp_synth.evaluate import check_test_images, reads_private_images
 from dp_synth.fitting import Interrupted, fit
 from dp_synth.loggers.journal import Journal
+from dp_synth.privacy.label_histogram import histogram_noise, noised_shares
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.privacy.silence import silently
+from dp_synth.reporting.officer import write_privacy_page
 from dp_synth.runs import Run
 from dp_synth.versions import versions
+
+
+def first_look(
+    run: Run, cfg: DictConfig, plan: PrivacyPlan | PublicPlan
+) -> tuple[PrivacyPlan | PublicPlan, Images]:
+    """Reserve the plan in the ledger, then read the private images that the run will use.
+
+    A new run that gets no further leaves nothing, in the ledger nor on the disk.
+
+    Args:
+        run: new, or to be continued.
+        plan: calibrated.
+
+    Returns:
+        The plan, with the steps of abandoned branches in it, and the training split.
+
+    Raises:
+        UserError: the budget of the ledger or of the plan does not hold the run; or an image
+            cannot be read.
+    """
+    _, progress = resume_point(run.checkpoints_dir)
+    plan = plan.after_abandoning(progress.abandoned)
+    books = Books(run)
+    try:
+        if not run.has_model():
+            books.reserve(plan)
+        images = load_images(cfg, split="train")
+        if is_on(cfg.sampler) and is_on(cfg.evaluator) and reads_private_images(cfg):
+            check_test_images(cfg)
+    except Exception:  # whatever it is: Hydra wraps a UserError in one of its own
+        if not cfg.resume:
+            books.cancel(plan)
+            run.discard()
+        elif not run.has_model():
+            books.settle(plan, progress.steps)
+        raise
+    return plan, images
 
 
 def fine_tune(
@@ -19,6 +66,7 @@ def fine_tune(
     plan: PrivacyPlan | PublicPlan,
     net: UNet2DModel,
     images: Images,
+    public: Images | None = None,
 ) -> None:
     """Fine-tune ``net`` under the plan and leave ``model/`` and ``privacy.json`` in the run.
 
@@ -26,15 +74,37 @@ def fine_tune(
     run that dies never under-states. A run that has its model already is left as it is.
 
     Args:
-        run: receives checkpoints, logs, statement and model.
+        run: receives checkpoints, logs, statement and model; its plan is reserved in the ledger.
         plan: calibrated.
         net: the starting point; changed in place.
         images: the private training split.
+        public: images of which an audit makes canaries.
     """
     if run.has_model():
         return
-    run.write_statement(plan.statement(0, status="running") | versions())
+
+    def state(steps_taken: int, status: str) -> None:
+        marks = {"audit": auditor.mark} if auditor else {}
+        run.write_statement(books.statement(plan, steps_taken, status) | marks | versions())
+        write_privacy_page(run)
+
+    books = Books(run)
+    auditor = instantiate(cfg.audit) if is_on(cfg.audit) else None
+    checkpoint, progress = resume_point(run.checkpoints_dir)
+    write_progress(run.checkpoints_dir, progress)
+    state(0, status="running")
     module = build_module(cfg, net, plan, lr=cfg.model.lr, trainable=cfg.model.trainable)
+    if cfg.trainer.diagnostics and plan.private:
+        books.record_look(
+            "Losses, norms and batch sizes of training were written to local/diagnostics.csv; a "
+            "choice made by them spends more than eps."
+        )
+    _query_label_shares(run, cfg, plan, images)
+    canary_callbacks = []
+    if auditor is not None:
+        canaries = auditor.plant(run, images, public)
+        images = canaries.insert(images)
+        canary_callbacks = [auditor.callback(canaries, plan)]
     try:
         fit(
             module,
@@ -44,10 +114,27 @@ def fine_tune(
             caption="fine-tuning",
             logger=Journal(run.journal_path) if is_on(cfg.logger) else None,
             checkpoints=PeriodicCheckpoint(run.checkpoints_dir, cfg.trainer.checkpoint_every),
-            resume_from=resume_point(run.checkpoints_dir),
+            resume_from=checkpoint,
+            local_dir=run.local_dir,
+            diagnostics=cfg.trainer.diagnostics,
+            callbacks=canary_callbacks,
         )
     except Interrupted as stop:
-        run.write_statement(plan.statement(stop.steps_taken, status="interrupted") | versions())
+        state(stop.steps_taken, status="interrupted")
+        books.settle(plan, stop.steps_taken)
         raise
-    run.write_statement(plan.statement(plan.steps, status="finished") | versions())
+    state(plan.steps, status="finished")
+    books.settle(plan, plan.steps)
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))
+
+
+def _query_label_shares(
+    run: Run, cfg: DictConfig, plan: PrivacyPlan | PublicPlan, images: Images
+) -> None:
+    """Ask once in a run for the classes' shares, if the plan says so: each answer costs its eps."""
+    if run.label_shares() is not None or plan.label_histogram_noise_multiplier is None:
+        return
+    assert isinstance(plan, PrivacyPlan)
+    noise = histogram_noise(plan, cfg.seed, len(images.classes))
+    shares = silently(lambda: noised_shares(images, noise), run.local_dir)
+    run.write_label_shares(dict(zip(images.classes, shares.tolist(), strict=True)))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,9 @@ from dp_synth.data.images import Images
 from dp_synth.data.module import ImageDataModule
 from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule, MeanGradient
+from dp_synth.privacy.diagnostics import Diagnostics
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.privacy.silence import declared, silently
 
 # Those whose clipped sums are added in float32; in half precision a sum over a batch would round by
 # more than one example may contribute.
@@ -39,6 +42,16 @@ class Interrupted(Exception):
     def __init__(self, steps_taken: int, steps: int, caption: str) -> None:
         super().__init__(f"{steps_taken} of {steps} steps of {caption} taken")
         self.steps_taken = steps_taken
+
+
+class _DeclaredCheckpointIO(SafeCheckpointIO):
+    """Of a private phase: writes the fields that ``silence.declared`` names, and no others."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write what may be kept."""
+        super().save_checkpoint(declared(checkpoint), path, storage_options)
 
 
 class GracefulInterrupt(Callback):
@@ -99,8 +112,11 @@ def fit(
     logger: Logger | None = None,
     checkpoints: PeriodicCheckpoint | None = None,
     resume_from: Path | None = None,
+    local_dir: Path | None = None,
+    diagnostics: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Take the plan's steps, or what is left of them.
+    """Take the plan's steps, or what is left of them; silently, where the plan is private.
 
     Args:
         module: trained in place.
@@ -113,10 +129,17 @@ def fit(
             is given: what callbacks and ``self.log`` say to the trainer's logger is dropped.
         checkpoints: where to save, or None for a phase that is cheap to repeat.
         resume_from: a checkpoint of this plan.
+        local_dir: what may tell of private images is kept in it, and leaves by no other way; see
+            ``silence.silently``.
+        diagnostics: whether a private phase writes ``diagnostics.csv`` into it; see
+            ``Diagnostics``. No update changes.
+        callbacks: further ones; they come after the plan's and before the one that saves.
 
     Raises:
         Interrupted: after Ctrl-C or ``trainer.max_time``; the state is saved if there is a place.
-        ValueError: the plan is for another number of examples.
+        ValueError: the plan is for another number of examples, or there is no ``local_dir`` for
+            diagnostics.
+        UserError, StepFault, Withheld: what ``silence.silently`` lets through.
     """
     if images.num_examples != plan.num_examples:
         counted = "examples" if images.units is None else "units (dataset.unit)"
@@ -126,30 +149,50 @@ def fit(
     if trainer_cfg.activation_checkpointing:
         module.net.enable_gradient_checkpointing()
     module.engine = MeanGradient(trainer_cfg.micro_batch_size)  # a private plan brings another
-    callbacks = [
+    all_callbacks = [
         *plan.callbacks(caption, trainer_cfg.micro_batch_size, trainer_cfg.memory_mib),
+        *callbacks,
         GracefulInterrupt(),
     ]
     if trainer_cfg.max_time is not None:
-        callbacks.append(_TimeLimit(trainer_cfg.max_time, verbose=False))
+        all_callbacks.append(_TimeLimit(trainer_cfg.max_time, verbose=False))
+    if plan.private and diagnostics:
+        if local_dir is None:
+            raise ValueError("diagnostics need a local_dir")
+        all_callbacks.append(Diagnostics(local_dir))
     trainer = build_trainer(
         trainer_cfg,
         max_steps=plan.steps,
-        callbacks=[*callbacks, *([checkpoints] if checkpoints else [])],
+        callbacks=[*all_callbacks, *([checkpoints] if checkpoints else [])],
         logger=DummyLogger() if plan.private else logger or False,
+        checkpoint_io=_DeclaredCheckpointIO() if plan.private else SafeCheckpointIO(),
     )
     data = ImageDataModule(
         images, lambda steps_taken: plan.batches(module.randomness, first_step=steps_taken)
     )
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-    if trainer.global_step < plan.steps:
-        if checkpoints is not None:
+
+    def take_steps() -> None:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        if trainer.global_step < plan.steps and checkpoints is not None:
             checkpoints.save(trainer)
+
+    if plan.private:
+        silently(take_steps, local_dir)
+    else:
+        take_steps()
+    if trainer.global_step < plan.steps:
         raise Interrupted(trainer.global_step, plan.steps, caption)
 
 
-def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
+def build_trainer(
+    trainer_cfg: DictConfig, checkpoint_io: SafeCheckpointIO | None = None, **options: Any
+) -> lightning.Trainer:
     """Lightning's trainer, as the ``trainer`` group and one logical batch per step want it.
+
+    Args:
+        trainer_cfg: the ``trainer`` group.
+        checkpoint_io: writes and reads checkpoints; where None, there are none.
+        options: of ``lightning.Trainer``.
 
     Raises:
         UserError: there is no such accelerator here, or ``trainer.devices`` asks for several
@@ -166,7 +209,7 @@ def build_trainer(trainer_cfg: DictConfig, **options: Any) -> lightning.Trainer:
             devices=trainer_cfg.devices,
             precision=trainer_cfg.precision,
             max_epochs=-1,
-            plugins=[SafeCheckpointIO(), *_cluster_plugins()],
+            plugins=[checkpoint_io or SafeCheckpointIO(), *_cluster_plugins()],
             # Under SLURM, Lightning would take any checkpoint that it finds there for its own, also
             # one of a private run for public training. Nothing is to be found here.
             default_root_dir=os.devnull,

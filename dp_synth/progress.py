@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
 
 from dp_synth.module import DiffusionModule, MeanGradient
+from dp_synth.privacy.silence import screen
 
 _REFRESH_SECONDS = 0.2 if sys.stderr.isatty() else 10.0
 _PRIVATE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
@@ -77,6 +78,9 @@ class PublicProgress(_Progress):
 class PrivateProgress(_Progress):
     """Steps and eps of private training: functions of the plan and the step number alone.
 
+    Redrawn every so many steps and never by the clock, since which steps a log shows would tell
+    how long they took, and so how large their batches were.
+
     Args:
         caption: what is being trained.
         curve: (steps, eps) points, increasing; between two points the larger eps is shown.
@@ -100,8 +104,10 @@ class PrivateProgress(_Progress):
             initial=trainer.global_step,
             desc=self.caption,
             bar_format=_PRIVATE_FORMAT,
+            file=screen(),
             miniters=max(1, trainer.max_steps // 50),
-            mininterval=_REFRESH_SECONDS,
+            mininterval=0,
+            maxinterval=float("inf"),
         )
 
     def on_train_batch_end(

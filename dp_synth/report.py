@@ -2,18 +2,15 @@
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig, ListConfig
 
 from dp_synth import __version__
 from dp_synth.cli import command
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
-from dp_synth.privacy.wording import round_up
-from dp_synth.reporting import bars, meaning
 from dp_synth.reporting.comparison import compare
 from dp_synth.reporting.content import read_content
-from dp_synth.reporting.numbers import decimal, figures
+from dp_synth.reporting.pages import environment
 from dp_synth.runs import Run
 
 
@@ -37,30 +34,9 @@ def report_runs(runs: list[Run], out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"out={out} lies in no existing folder; make {out.parent} first.")
     contents = [read_content(run) for run in runs]
-    page = _environment().get_template("page.html.j2")
+    page = environment().get_template("page.html.j2")
     html = page.render(runs=contents, groups=compare(contents), version=__version__)
     write_atomically(out, html)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("dp_synth.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        round_up=round_up,
-        figures=figures,
-        decimal=decimal,
-        odds_factor=meaning.odds_factor,
-        odds_after=meaning.odds_after,
-    )
-    environment.globals.update(
-        guess=meaning.guess, interval_bar=bars.interval_bar, scale_legend=bars.scale_legend
-    )
-    return environment
 
 
 @command("report")

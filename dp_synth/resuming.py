@@ -9,7 +9,7 @@ from dp_synth.errors import UserError
 from dp_synth.runs import Run
 
 # What may change between two sittings of one run: where it computes and logs, not what.
-_FREE = {"run", "resume", "run_dir", "trainer", "logger", "objective"}
+_FREE = {"run", "resume", "run_dir", "trainer", "logger", "objective", "ledger.max_eps"}
 
 
 def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -27,7 +27,7 @@ def run_to_resume(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     stored = Run.open(cfg.run).config()
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0].replace("/", ".")
-        if key.split(".")[0] in _FREE:
+        if key in _FREE or key.split(".")[0] in _FREE:
             if OmegaConf.select(cfg, key) is not None:
                 OmegaConf.update(stored, key, OmegaConf.select(cfg, key), merge=False)
             continue

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
+from dp_synth.privacy.statement import with_query
 from dp_synth.versions import versions
 
 # What a stored config may have called; it may come from elsewhere with its run.
@@ -46,6 +47,7 @@ class Run:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.privacy_path = self.path / "privacy.json"
+        self.privacy_page_path = self.path / "privacy.html"  # the same in plain words
         self.metrics_path = self.path / "metrics.json"
         self.metrics_meta_path = self.path / "metrics_meta.json"
         self.model_dir = self.path / "model"
@@ -53,6 +55,8 @@ class Run:
         self.samples_dir = self.path / "samples"
         self.public_only_dir = self.path / "public" / "samples"
         self.public_examples_dir = self.path / "public" / "examples"
+        self.label_shares_path = self.path / "label_shares.json"
+        self.audit_path = self.path / "audit.json"  # private; never part of a release
         self.logs_dir = self.path / "logs"
         self.journal_path = self.logs_dir / "journal.jsonl"  # of training without privacy
         self.local_dir = self.path / "local"  # shows private images; never part of a release
@@ -80,8 +84,18 @@ class Run:
         run.path.mkdir(parents=True, exist_ok=True)
         resolved = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(resolved, dict)
-        write_atomically(run.config_path, OmegaConf.to_yaml({**resolved, **versions()}))
+        # Microseconds: with its path, this names the run in the ledger.
+        started = datetime.now(UTC).isoformat(timespec="microseconds")
+        content = OmegaConf.to_yaml({**resolved, "started": started, **versions()})
+        write_atomically(run.config_path, content)
         return run
+
+    def discard(self) -> None:
+        """Remove a run that was begun and holds nothing but its config."""
+        self.config_path.unlink()
+        shutil.rmtree(self.checkpoints_dir, ignore_errors=True)
+        with suppress(OSError):  # it stood there before, with other things in it
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -160,6 +174,25 @@ class Run:
         statement = self.statement()
         statement["unaccounted_looks"].append({"what": what, **details})
         write_atomically(self.privacy_path, json.dumps(statement, indent=2) + "\n")
+
+    def record_query(self, query: dict[str, Any]) -> None:
+        """Add a query of the private images, with an eps of its own, to ``privacy.json``.
+
+        Args:
+            query: as ``query_entry`` makes it.
+
+        Every one is an entry of its own: asked again, it spends again.
+        """
+        self.write_statement(with_query(self.statement(), query))
+
+    def write_label_shares(self, shares: dict[str, float]) -> None:
+        """Write the noised share of each class, by its name."""
+        write_atomically(self.label_shares_path, json.dumps(shares, indent=2) + "\n")
+
+    def label_shares(self) -> dict[str, float] | None:
+        """Read the noised share of each class; None where the run has not asked for them."""
+        path = self.label_shares_path
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def save_model(self, net: UNet2DModel, diffusion: Diffusion, classes: tuple[str, ...]) -> None:
         """Write ``model/`` so that both a network and a pipeline of diffusers open it.

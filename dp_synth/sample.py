@@ -1,6 +1,7 @@
 """``python -m dp_synth.sample run=DIR``: more synthetic data from a finished run, at no eps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from diffusers import UNet2DModel
@@ -13,6 +14,7 @@ from dp_synth.checks import whole
 from dp_synth.cli import command
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
+from dp_synth.metrics.classifiers import default_device
 from dp_synth.runs import Run, write_samples
 from dp_synth.samplers import Sampler
 
@@ -29,9 +31,48 @@ def sample_run(run: Run, cfg: DictConfig, sampler: Sampler, out: Path) -> Images
     if out.exists():
         return None
     net, classes = run.load_model()
-    images = sampler(net, build_diffusion(run.config()), classes, seed=cfg.seed)
+    shares = _label_shares(run, sampler, classes)
+    images = sampler(net, build_diffusion(run.config()), classes, seed=cfg.seed, shares=shares)
     write_samples(images, out, sample_card(run, images))
     return images
+
+
+def _label_shares(run: Run, sampler: Sampler, classes: Sequence[str]) -> list[float] | None:
+    """The share of each class among the samples, or None where all are the same.
+
+    Raises:
+        UserError: the sampler asks for shares that the run has not queried.
+    """
+    if sampler.labels == "uniform":
+        return None
+    shares = run.label_shares()
+    if shares is None:
+        raise UserError(
+            f"sampler.labels={sampler.labels} needs the noised histogram of labels, which "
+            f"run={run.path} has not asked for; train with privacy.label_histogram_eps=..., or "
+            "use sampler.labels=uniform."
+        )
+    return [shares[name] for name in classes]
+
+
+def fresh_samples(run: Run) -> Callable[[int, int], Images] | None:
+    """Return what draws more images as the run drew its own: how many, and a seed other than its.
+
+    The model is read at the first call. None where the run has no model or no sampler.
+    """
+    cfg = run.config()
+    if not (run.has_model() and is_on(cfg.sampler)):
+        return None
+    model = cache(run.load_model)
+
+    def draw(num_images: int, seed: int) -> Images:
+        net, classes = model()
+        sampler = instantiate(cfg.sampler, num_images=num_images)
+        shares = _label_shares(run, sampler, classes)
+        net.to(default_device(None))
+        return sampler(net, build_diffusion(cfg), classes, seed, what=None, shares=shares)
+
+    return draw
 
 
 def sample_public_only(

@@ -1,7 +1,7 @@
 """A sampler is a function (denoiser, noise) -> images; the step rules are diffusers' schedulers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,23 @@ def integrate(
     return x.clamp(-1, 1)
 
 
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to shares, that sum to ``total``: the largest remainders get more.
+
+    Args:
+        total: 0 or more.
+        shares: each 0 or more, summing to 1.
+    """
+    exact = total * np.asarray(shares, dtype=np.float64)
+    counts = np.floor(exact).astype(np.int64)
+    largest_first = np.argsort(counts - exact, kind="stable")
+    counts[largest_first[: total - counts.sum()]] += 1
+    return counts.tolist()
+
+
+LABELS = ("uniform", "dp_histogram")
+
+
 class Sampler:
     """Draws labelled images from a class-conditional model.
 
@@ -51,7 +68,8 @@ class Sampler:
             called with the training schedule.
         steps: number of inference steps.
         num_images: images to draw.
-        labels: "uniform": every class equally often. The true proportions are private.
+        labels: "uniform": every class equally often; "dp_histogram": by the noised shares of the
+            private training split, a query that the run's plan must hold.
         guidance: classifier-free guidance strength; 0 is off.
         batch_size: images per network call.
 
@@ -73,7 +91,8 @@ class Sampler:
         self.num_images = count("sampler.num_images", num_images)
         self.batch_size = count("sampler.batch_size", batch_size)
         self.guidance = not_negative("sampler.guidance", guidance)
-        one_of("sampler.labels", labels, ("uniform",))
+        one_of("sampler.labels", labels, LABELS)
+        self.labels = labels
 
     @torch.no_grad()
     def __call__(
@@ -82,24 +101,32 @@ class Sampler:
         diffusion: Diffusion,
         classes: tuple[str, ...],
         seed: int,
-        what: str = "sampling",
+        what: str | None = "sampling",
+        shares: Sequence[float] | None = None,
     ) -> Images:
-        """Draw ``num_images`` images, labels cycling through the classes.
+        """Draw ``num_images`` labelled images.
 
         Args:
             net: the trained network; its label table ends with the row for "no label".
             classes: class names in label order.
             seed: public; the same seed and batch size give the same images.
-            what: caption of the progress bar.
+            what: caption of the progress bar; None: no bar.
+            shares: of each class, summing to 1; None: labels cycle through the classes.
         """
         device = next(net.parameters()).device
         shape = (net.config.in_channels, *net.config.sample_size)
-        labels = torch.arange(self.num_images) % len(classes)
+        if shares is None:
+            labels = torch.arange(self.num_images) % len(classes)
+        else:
+            labels = torch.arange(len(classes)).repeat_interleave(
+                torch.tensor(apportion(self.num_images, shares))
+            )
         generator = torch.Generator(device).manual_seed(seed)
         pixels = []
         was_training = net.training
         net.eval()
-        with tqdm(total=self.num_images, desc=what, unit="image") as progress:
+        bar = tqdm(total=self.num_images, desc=what, unit="image", disable=what is None)
+        with bar as progress:
             for y in labels.split(self.batch_size):
                 y = y.to(device)
                 denoise = guided(

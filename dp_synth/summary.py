@@ -12,6 +12,7 @@ from dp_synth.runs import Run
 _ROWS = (
     ("public data alone (eps = 0)", "utility/accuracy.public_only"),
     ("synthetic data", "utility/accuracy"),
+    ("synthetic data, drawn anew each epoch", "utility/accuracy.fresh"),
     ("synthetic data, an ensemble", "utility/accuracy.ensemble"),
     ("real data, trained with DP", "utility/accuracy.dp_classifier"),
     ("synthetic data, no privacy", "utility/accuracy.non_private_generator"),

@@ -8,16 +8,19 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dp_synth.building import build_network, check_config, is_on, load_images
+from dp_synth.audit import audit_canaries
+from dp_synth.books import Books
+from dp_synth.building import build_network, check_config, is_on
 from dp_synth.cli import command
 from dp_synth.declaration import declare
 from dp_synth.errors import UserError
-from dp_synth.evaluate import check_test_images, evaluate_run
-from dp_synth.finetuning import fine_tune
+from dp_synth.evaluate import evaluate_run
+from dp_synth.finetuning import fine_tune, first_look
 from dp_synth.fitting import Interrupted
 from dp_synth.loggers.choice import log_run
 from dp_synth.networks import carry_over
 from dp_synth.pretraining import load_public, pretrained
+from dp_synth.privacy.audit.record import read_record, table
 from dp_synth.report import report_runs
 from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
@@ -46,14 +49,9 @@ def train(cfg: DictConfig, path: str) -> Run:
     sampler = instantiate(cfg.sampler) if is_on(cfg.sampler) else None
     public = load_public(cfg)
 
-    if not cfg.resume:
-        Run.refuse_taken(path)
-    images = load_images(cfg, split="train")
-    if sampler is not None and is_on(cfg.evaluator):
-        check_test_images(cfg)
-
     run = Run.open(path) if cfg.resume else Run.create(path, cfg)
     with run.locked():
+        plan, images = first_look(run, cfg, plan)
         prior = pretrained(cfg, public) if is_on(cfg.public) else None
 
         net = build_network(cfg, images.shape, len(images.classes))
@@ -62,11 +60,13 @@ def train(cfg: DictConfig, path: str) -> Run:
             if sampler is not None:
                 sample_public_only(run, cfg, net, sampler, public, images.classes)
 
-        fine_tune(run, cfg, plan, net, images)
+        fine_tune(run, cfg, plan, net, images, public)
         if sampler is not None:
             sample_run(run, cfg, sampler, run.samples_dir)
             if is_on(cfg.evaluator) and not run.metrics():  # each evaluation is a look
                 evaluate_run(run, cfg)
+        if is_on(cfg.audit):
+            audit_canaries(run)
         report_runs([run], run.report_path)
         log_run(run, cfg.logger)
     return run
@@ -90,6 +90,8 @@ def main(cfg: DictConfig) -> float | None:
         )
         raise KeyboardInterrupt from stop
     print_summary(run)
+    if is_on(cfg.audit):
+        print(f"\n{table(read_record(run.audit_path))}")
     return objective(run, cfg.objective)
 
 
@@ -101,7 +103,9 @@ def objective(run: Run, name: str) -> float | None:
     if name not in metrics:
         raise UserError(f"objective={name} is not a metric; these are: {', '.join(metrics)}.")
     if run.metrics_meta().get(name, {}).get("private"):
-        run.record_look("A sweep compared this run with others by a private metric.", metric=name)
+        Books(run).record_look(
+            "A sweep compared this run with others by a private metric.", metric=name
+        )
     return metrics[name]
 
 

@@ -43,6 +43,15 @@ def cache(tmp_path_factory):
         yield directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory):
+    """The privacy ledger of a test session is its own, and never the user's."""
+    directory = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DP_SYNTH_STATE", str(directory))
+        yield directory
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left: exit code, stdout, stderr."""

@@ -12,6 +12,7 @@ import torch
 from toy_images import PLACES, mapped, shuffled, toy, train
 
 from dp_synth.data import digits
+from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
 from dp_synth.metrics.augmentation import bend, mirror, shift
@@ -135,6 +136,42 @@ def test_fewer_images_than_a_batch(n: int) -> None:
     images = toy(n, 0)
     model = train(images, steps=40, seed=0, max_shift=0)
     assert accuracy(predict(model, images), images).value == 1
+
+
+@pytest.mark.parametrize(("sets", "drawn"), [(0, 0), (1, 1), (2, 2), (9, 2)])
+def test_fresh_images_take_turns_and_none_is_drawn_in_vain(sets: int, drawn: int) -> None:
+    # 9 steps of 8 images are 3 passes over 31: no more than 2 sets after the first are of use.
+    seen: list[int] = []
+
+    def draw(number: int) -> Images:
+        return Images(np.full((31, 8, 8, 1), number, np.uint8), toy(31, 0).labels, tuple("abcd"))
+
+    class Watching(SmallCNN):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(int(((x[0, 0, 0, 0] + 1) * 127.5).round()))
+            return super().forward(x)
+
+    fresh = [partial(draw, number) for number in range(1, sets + 1)]
+    train(draw(0), fresh=fresh, network=Watching, steps=9, batch_size=8, elastic=0.0, seed=0)
+    turns = [seen.count(number) for number in range(drawn + 1)]
+    assert seen == sorted(seen) and sum(turns) == 9
+    assert max(turns) - min(turns) <= 1
+
+
+def test_the_same_images_as_fresh_ones_are_no_other_training() -> None:
+    images = toy(64, 0)
+    plain = train(images, steps=4, batch_size=32, seed=0)
+    fresh = train(images, fresh=[lambda: images], steps=4, batch_size=32, seed=0)
+    for a, b in zip(plain.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fresh_images_help_where_there_are_few() -> None:
+    few, test = toy(5, 0), toy(300, 9)
+    fresh = [partial(toy, 5, seed) for seed in range(1, 400)]
+    models = train(few, seed=0, max_shift=0), train(few, fresh=fresh, seed=0, max_shift=0)
+    found = [accuracy(predict(model, test), test).value for model in models]
+    assert found[0] < found[1] and found[1] > 0.9
 
 
 def test_no_image_to_train_on_is_refused() -> None:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from conftest import SHORT, files_below
 
-from dp_synth import building, evaluate, finetuning, plan, report, sample, train
+from dp_synth import (
+    audit,
+    building,
+    evaluate,
+    finetuning,
+    ledger,
+    plan,
+    report,
+    sample,
+    train,
+)
 from dp_synth.data import digits, folder, font_digits
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
@@ -240,7 +250,7 @@ def test_outputs_into_missing_folders_are_refused_before_the_work(command, run_c
 
 
 def test_every_command_prints_help(command):
-    for module in (train, plan, sample, evaluate, report):
+    for module in (train, plan, sample, evaluate, report, audit, ledger):
         outcome = command(module, "--help")
         assert outcome.code == 0 and outcome.out.startswith(f"python -m {module.__name__} ")
         assert len(outcome.out) > 100

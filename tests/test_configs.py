@@ -15,7 +15,7 @@ OPTIONS = sorted(
     for path in conf_dir().glob("*/*.yaml")
     if path.stem != "dp_sgd"  # the base of eps1, eps5 and eps10: it names no eps
 )
-COMMANDS = ("train", "plan", "sample", "evaluate", "report")
+COMMANDS = ("train", "plan", "sample", "evaluate", "report", "audit", "ledger")
 # What an option asks of the user.
 ASKED = {
     "dataset=image_folder": (
@@ -57,7 +57,7 @@ def targets(node):
 
 
 def test_there_are_groups_and_commands():
-    assert {"dataset", "public", "model", "privacy", "sampler", "evaluator"} <= {
+    assert {"dataset", "public", "model", "privacy", "sampler", "evaluator", "audit"} <= {
         group for group, _ in OPTIONS
     }
     assert {path.stem for path in conf_dir().glob("*.yaml")} == set(COMMANDS)
@@ -81,7 +81,8 @@ def test_every_option_can_be_built(group, option):
     assert net.config.num_class_embeds == classes + 1
     assert build_diffusion(cfg).timestep_law.num_timesteps > 0
     plan = instantiate(cfg.privacy)
-    assert plan.num_examples == cfg.dataset.num_examples
+    canaries = instantiate(cfg.audit).num_canaries if is_on(cfg.audit) else 0
+    assert plan.num_examples == cfg.dataset.num_examples + canaries
     assert plan.private is (option != "none" or group != "privacy")
     for built in (cfg.sampler, cfg.evaluator, cfg.logger):
         assert not is_on(built) or callable(instantiate(built))

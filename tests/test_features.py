@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import stat
 import sys
@@ -26,6 +27,7 @@ from dp_synth.metrics.features.efficientnet import efficientnet_lite0
 from dp_synth.metrics.features.extraction import Features
 from dp_synth.metrics.features.inception import inception
 from dp_synth.metrics.features.pixels import pixel_features
+from dp_synth.metrics.fidelity import Fidelity
 
 
 def noise(n: int, side: int = 32, channels: int = 3) -> np.ndarray:
@@ -197,6 +199,40 @@ def test_no_weights_and_no_network_is_one_sentence(
         inception()
 
 
+@pytest.mark.parametrize("kind", ["inception", "dinov2", "efficientnet_lite0"])
+def test_no_weights_are_read_before_the_first_use(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So ``plan`` and ``train`` can build an evaluator before anything else happens."""
+    read: list[object] = []
+    options: dict[str, object] = {}
+    if kind == "inception":
+        path = request.getfixturevalue("weights")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(inception_module, "_DIGITS", digest[:8])
+        options["inception_weights"] = path
+    elif kind == "dinov2":
+        options["dinov2"] = str(request.getfixturevalue("folder"))
+    else:
+        request.getfixturevalue("efficientnet")
+    load = torch.nn.Module.load_state_dict
+    for owner, name, real in (
+        (torch, "load", torch.load),
+        (torch.nn.Module, "load_state_dict", load),
+        (AutoModel, "from_pretrained", AutoModel.from_pretrained),
+    ):
+
+        def spy(*arguments: object, _real=real, **named: object) -> object:
+            read.append(_real)
+            return _real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, spy)
+    fidelity = Fidelity(features=[kind], **options)  # type: ignore[arg-type]
+    assert not read
+    fidelity._found[kind](noise(1, side=8))
+    assert read
+
+
 class _Bomb:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("exploded",)
@@ -284,13 +320,19 @@ def test_what_is_no_dinov2_is_refused(folder: Path, tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_bytes((folder / "config.json").read_bytes())
         (tmp_path / name / "model.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="could not be loaded"):
-            dinov2(str(tmp_path / name))
+            dinov2(str(tmp_path / name))(noise(1))
 
 
 def test_weights_that_are_missing_are_not_made_up(folder: Path, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(folder)
     state = {name: value for name, value in model.state_dict().items() if "layernorm" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match="not a whole DINOv2"):
+        dinov2(str(tmp_path))(noise(1))
+
+
+def test_a_folder_without_weights_is_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(UserError, match="not a whole DINOv2"):
         dinov2(str(tmp_path))
 
@@ -319,7 +361,7 @@ class Counting(torch.nn.Module):
 
 
 def counting(fingerprint: str | None = "first") -> Features:
-    return Features("counting", "label", 12, Counting(), batch_size=5, fingerprint=fingerprint)
+    return Features("counting", "label", 12, Counting, batch_size=5, fingerprint=fingerprint)
 
 
 @pytest.mark.parametrize("n", [0, 1, 13])

@@ -457,7 +457,7 @@ def test_no_public_images_no_classifier_of_them() -> None:
 def test_inception_score_looks_at_what_it_judges_only(monkeypatch, tmp_path) -> None:
     pixels = fidelity.pixel_features((1, 8, 8))
     fake = Features(
-        "inception", "label", 64, pixels.network, 7, frechet_name="fid", logits=torch.from_numpy
+        "inception", "label", 64, pixels.load, 7, frechet_name="fid", logits=torch.from_numpy
     )
     monkeypatch.setattr(fidelity, "inception", lambda weights: fake)
     found = evaluate(Fidelity(features=["inception"], cache=tmp_path))
@@ -480,7 +480,7 @@ def test_features_of_real_images_are_computed_once_and_others_are_not_kept(
             seen.append(len(pixels))
             return pixels.flatten(1).float()
 
-    network = Features("efficientnet_lite0", "label", 64, Counting(), 500, fingerprint="counting")
+    network = Features("efficientnet_lite0", "label", 64, Counting, 500, fingerprint="counting")
     monkeypatch.setattr(fidelity, "efficientnet_lite0", lambda: network)
     part = Fidelity(features=["efficientnet_lite0"], cache=tmp_path)
     first = evaluate(part)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 
 import pytest
+from conftest import compose
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from toy_images import mislabelled, shuffled, toy, train
 
 from dp_synth.data.images import Images
@@ -178,8 +178,38 @@ def test_validation_fraction_is_a_fraction(fraction: float) -> None:
         Utility(validation_fraction=fraction)
 
 
-def test_the_config_constructs_the_evaluator(request: pytest.FixtureRequest) -> None:
-    conf = request.config.rootpath / "conf" / "evaluator" / "quick.yaml"
-    quick = instantiate(OmegaConf.load(conf))
+def test_features_come_from_a_classifier_of_their_own_where_there_is_a_recipe_for_it() -> None:
+    trained: dict[str, list[str]] = {"own": [], "other": []}
+
+    def training(kind: str):
+        def recipe(images: Images, *, caption: str, **options):
+            trained[kind].append(caption)
+            return train(images, caption=caption, **(options | {"steps": 2}))
+
+        return recipe
+
+    sets = dict.fromkeys(("synthetic", "real_train", "real_test", "public"), toy(40, 1))
+    options = {"public_only": None, "other_tests": {}, "seed": 0}
+    for given in ({}, {"feature_classifier": training("other")}):
+        Evaluator(
+            classifier=training("own"),
+            utility=Utility(validation_fraction=0.1),
+            fidelity=Fidelity(),
+            **given,
+        )(**sets, **options)
+    captions = ["classifier: synthetic", "classifier: real"]
+    features = "classifier: features"
+    assert trained == {"own": [*captions, features, *captions], "other": [features]}
+
+
+@pytest.mark.parametrize("option", ["paper", "dpimagebench", "dpimagebench_cifar"])
+def test_all_evaluators_share_the_features_of_the_quick_one(option: str) -> None:
+    quick, other = (compose(f"evaluator={name}").evaluator for name in ("quick", option))
+    assert other.feature_classifier == quick.classifier and other.classifier != quick.classifier
+    assert quick.feature_classifier is None
+
+
+def test_the_config_constructs_the_evaluator() -> None:
+    quick = instantiate(compose().evaluator)
     model = quick.classifier(toy(3, 0), steps=1, seed=0, caption="classifier")
     assert predict(model, toy(5, 0)).shape == (5,)

@@ -258,7 +258,7 @@ def test_the_proxy_of_the_private_data_is_a_data_set_like_another(command, tmp_p
 
 def test_a_sweep_gets_the_objective(command, monkeypatch, tmp_path):
     """The value that ``train`` returns to Hydra is the metric that ``objective`` names."""
-    run = Run(tmp_path)
+    run = Run.create(tmp_path, compose())
     run.write_statement({"eps": None, "unaccounted_looks": []})
     run.write_metrics({"utility/accuracy.synthetic_validation": 0.25, "other": 3.0}, {})
     monkeypatch.setattr(train, "train", lambda cfg, path: run)

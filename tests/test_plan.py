@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import refusal
 
 from dp_synth.errors import UserError
 from dp_synth.privacy.batches import EpochBatches, PoissonBatches
@@ -182,7 +183,7 @@ def test_the_way_of_clipping_is_stated_and_costs_no_noise(plan):
     assert automatic.noise_multiplier == plan.noise_multiplier
     for each in (plan, automatic):
         statement = each.statement(41, "finished")
-        assert statement["clipping"] == statement["queries"][0]["clipping"] == each.clipping
+        assert statement["clipping"] == each.clipping
 
 
 def test_the_statement_holds_the_whole_mechanism(plan):
@@ -215,3 +216,20 @@ def test_the_public_plan_promises_nothing():
 def test_the_public_plan_checks_its_counts(name):
     with pytest.raises(UserError, match=name):
         PublicPlan(**(PUBLIC | {name: 0}))
+
+
+def test_abandoned_steps_count_at_the_noise_that_the_run_began_with():
+    plan = PrivacyPlan(**GOOD, noise_multiplier=2.0)
+    later = plan.after_abandoning(5)
+    assert later.noise_multiplier == plan.noise_multiplier and later.steps == plan.steps
+    longer = PrivacyPlan(**{**GOOD, "steps": GOOD["steps"] + 5}, noise_multiplier=2.0)
+    assert later.epsilon() == longer.epsilon() > plan.epsilon()
+    assert later.epsilon(3) == longer.epsilon(8)
+    assert later.statement(plan.steps, "finished")["eps"] == longer.epsilon()
+    assert not plan.same_mechanism(later)
+
+
+def test_a_plan_whose_eps_is_used_up_holds_no_abandoned_step():
+    plan = PrivacyPlan(**GOOD)
+    assert plan.after_abandoning(0) == plan.calibrate()
+    assert "older checkpoint" in refusal(plan.after_abandoning, 5)

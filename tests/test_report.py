@@ -10,11 +10,11 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -28,44 +28,6 @@ from dp_synth.reporting.content import read_content
 from dp_synth.reporting.grids import read_grid
 from dp_synth.runs import Run, write_samples
 from dp_synth.summary import print_metrics
-
-_VOID = {"meta", "br", "img", "link", "input", "hr", "line", "circle", "polyline", "polygon"}
-_LOADING = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
-
-
-class _Page(HTMLParser):
-    """Checks that tags balance and collects what the tests ask for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.values: list[float] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.links += [value for name, value in attrs if name in _LOADING]
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag == "data":
-            self.values.append(float(dict(attrs)["value"]))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 def _images(count=4, classes=("cat", "dog"), shape=(8, 8, 3), seed=0):
@@ -114,6 +76,7 @@ def _metrics(accuracy=0.8123):
         "utility/accuracy.public_only": 0.5,
         "utility/accuracy.real": 0.97,
         "utility/accuracy.ensemble": 0.8456,
+        "utility/accuracy.fresh": 0.8345,
         "utility/accuracy.dp_classifier": 0.8234,
         "utility/accuracy.non_private_generator": 0.9123,
         "utility/accuracy.synthetic_validation": 0.9507,
@@ -163,7 +126,7 @@ def _run(path, statement, metrics=True, dataset="pets", images=None, accuracy=0.
 
 def _report(runs, out):
     report_runs(runs, out)
-    return _Page(out.read_text())
+    return Page(out.read_text())
 
 
 def test_the_page_is_well_formed_and_loads_nothing(tmp_path, statement):
@@ -362,6 +325,15 @@ def test_a_missing_baseline_is_left_out(tmp_path, statement, missing):
     assert metrics[gone] not in page.values
 
 
+def test_training_on_fresh_images_stands_among_the_baselines(tmp_path, statement):
+    run = _run(tmp_path / "run", statement)
+    assert "Drawn anew each epoch" in _report([run], run.report_path).text
+    metrics, meta = _metrics()
+    kept = {k: v for k, v in metrics.items() if not k.startswith("utility/accuracy.fresh")}
+    run.write_metrics(kept, meta)
+    assert "Drawn anew each epoch" not in _report([run], run.report_path).text
+
+
 def test_a_number_that_is_not_finite_is_left_out(tmp_path, statement):
     run = _run(tmp_path / "run", statement, metrics=False)
     run.write_metrics({"utility/accuracy": math.nan, "fidelity/frechet.classifier": 2.5}, {})
@@ -548,22 +520,74 @@ def test_the_curve_over_sizes_ends_at_all_images_that_were_trained_on(tmp_path, 
     assert heights == sorted(heights, reverse=True)
 
 
-def test_several_runs_warn_of_their_sum_and_of_the_best(tmp_path):
-    statements = [_statement(eps, accountant="rdp") for eps in (1.0, 3.0)]
+def _with_dp_accounting(statements, delta):
+    """What all queries of some statements cost by another library."""
+    from dp_accounting import dp_event, pld
+
+    accountant = pld.PLDAccountant()
+    for query in (query for statement in statements for query in statement["queries"]):
+        step = dp_event.PoissonSampledDpEvent(
+            query["sample_rate"], dp_event.GaussianDpEvent(query["noise_multiplier"])
+        )
+        accountant.compose(step, query["steps"])
+    return accountant.get_epsilon(delta)
+
+
+def test_the_best_of_several_runs_costs_all_of_them(tmp_path):
+    statements = [_statement(eps, accountant="rdp") for eps in (1.0, 3.0, 2.0)]
+    statements[1] = json.loads(json.dumps(statements[1]).replace("0.001", "0.0001"))
     runs = [_run(tmp_path / f"run-{k}", statement) for k, statement in enumerate(statements)]
     page = _report(runs, tmp_path / "page.html")
-    total = float(re.search(r"at most eps = ([\d.]+) at delta = 0.002", page.text).group(1))
+    said = r"Best of 3 runs on pets: .* at most eps = ([\d.]+) at delta = 0.0001 for one image"
+    total = float(re.search(said, page.text).group(1))
+    assert total == pytest.approx(_with_dp_accounting(statements, 1e-4), rel=1e-2)
+    assert total < sum(statement["eps"] for statement in statements)
+    assert "all 3 together" in page.text
+    assert "The best of 3 runs looks better than it is" in page.text
+
+
+def test_statements_that_list_no_mechanism_are_added_up(tmp_path):
+    statements = [_statement(eps, accountant="rdp") for eps in (1.0, 3.0)]
+    del statements[0]["queries"][0]["noise_multiplier"]
+    runs = [_run(tmp_path / f"run-{k}", statement) for k, statement in enumerate(statements)]
+    text = _report(runs, tmp_path / "page.html").text
+    total = float(re.search(r"at most eps = ([\d.]+) at delta = 0.002 for one", text).group(1))
     assert total == pytest.approx(sum(s["eps"] for s in statements), rel=1e-3)
-    assert "The best of 2 runs looks better than it is" in page.text
-    other = _run(tmp_path / "other", statements[0] | {"unit": "patient"})
-    assert "together spend" not in _report([runs[0], other], tmp_path / "page.html").text
+    assert "added up" in text
+
+
+def test_runs_are_composed_for_each_unit_and_data_set_apart(tmp_path):
+    statements = [_statement(eps, accountant="rdp") for eps in (1.0, 3.0)]
+    image = _run(tmp_path / "image", statements[0])
+    patient = _run(tmp_path / "patient", statements[1] | {"unit": "patient"})
+    text = _report([image, patient], tmp_path / "page.html").text
+    # For an image both count; for a patient the first gives no bound.
+    assert re.findall(r"for one (\w+), if they saw", text) == ["image"]
+    assert "there was 1 run that did not count by patient" in text
+    patients = _run(tmp_path / "patients", statements[0] | {"unit": "patient"})
+    text = _report([patient, patients], tmp_path / "page.html").text
+    assert re.findall(r"for one (\w+), if they saw", text) == ["patient"]
+    elsewhere = _run(tmp_path / "elsewhere", statements[1], dataset="birds")
+    assert "Best of" not in _report([image, elsewhere], tmp_path / "page.html").text
+
+
+def test_what_no_sum_covers_is_counted(tmp_path, statement):
+    looked = statement | {"unaccounted_looks": ["One.", {"what": "Two."}]}
+    void = statement | {"guarantee": "void: repeatable", "unaccounted_looks": ["Three."]}
+    runs = [
+        _run(tmp_path / f"run-{k}", one) for k, one in enumerate((looked, void, _statement(None)))
+    ]
+    text = _report(runs, tmp_path / "page.html").text
+    assert "On pets there were 3 looks" in text
+    assert "On pets there were 2 runs without a guarantee" in text
+    assert "Best of" not in text
 
 
 def test_a_second_query_says_that_eps_adds_up(tmp_path, statement):
     baseline = statement["queries"][0] | {"query": "dp_sgd_classifier", "released": "A baseline."}
     run = _run(tmp_path / "run", statement | {"queries": [*statement["queries"], baseline]})
     page = _report([run], run.report_path)
-    assert "whoever publishes what several of them gave spends the sum" in page.text
+    assert "spends what all of them cost together" in page.text
     assert "A baseline." in page.text
 
 

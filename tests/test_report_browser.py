@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from dp_synth.data.images import Images
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.report import report_runs
+from dp_synth.reporting.officer import write_privacy_page
 from dp_synth.runs import Run, write_samples
 
 _BROWSER = next(
@@ -156,7 +157,7 @@ def _metrics(classes):
             (".dp_classifier", 0.871), (".non_private_generator", 0.921), (".size.100", 0.61),
             (".size.1000", 0.79), (".size.1200", 0.8), (".size.50000", 0.86),
             (".classifier.a_wide_residual_network", 0.86), (".a_hospital_far_away", 0.79),
-            (".synthetic_validation", 0.955),
+            (".synthetic_validation", 0.955), (".fresh", 0.882),
         )
     }  # fmt: skip
     for features in ("inception", "classifier", "a_network_that_nobody_knows"):
@@ -180,7 +181,7 @@ def _metrics(classes):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of a bare run, of a run with everything, and of several runs."""
+    """Reports of a bare run, of one with everything and of several; statements of the first two."""
     folder = tmp_path_factory.mktemp("runs")
     classes = ("benign", "a class of a rather long name", "Superkalifragilistisch_expiallegetisch")
     full = _metrics(classes)
@@ -190,7 +191,7 @@ def pages(tmp_path_factory):
     for runs in ([bare], [close[-1]], [bare, *close]):
         report_runs(runs, folder / "page.html")
         texts.append((folder / "page.html").read_text())
-    return texts
+    return texts + [write_privacy_page(run).read_text() for run in (bare, close[-1])]
 
 
 @pytest.mark.parametrize("scheme", _SCHEMES)
@@ -205,7 +206,9 @@ def test_the_page_is_whole_at_every_width(tmp_path, pages, scheme):
         assert seen["faint"] == [], where
         assert seen["collisions"] == [], where
         assert seen["broken"] == 0 and seen["requests"] == [], where
-    assert [m["images"] > 0 for m in measured] == [page > 0 for page in range(3) for _ in _WIDTHS]
+    assert [m["images"] > 0 for m in measured] == [
+        page in (1, 2) for page in range(5) for _ in _WIDTHS
+    ]
 
 
 def test_the_measures_see_what_is_wrong(tmp_path):

@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, compose, files_below, tiny_images, tiny_module, weights_of
+from conftest import SHORT, compose, files_below, refusal, tiny_images, tiny_module, weights_of
 from omegaconf import OmegaConf
 from PIL import Image
 
 from dp_synth import building, finetuning, train
-from dp_synth.checkpoints import PeriodicCheckpoint, SafeCheckpointIO, newest_first, resume_point
+from dp_synth.checkpoints import (
+    PeriodicCheckpoint,
+    Progress,
+    SafeCheckpointIO,
+    newest_first,
+    read_progress,
+    resume_point,
+    write_progress,
+)
 from dp_synth.declaration import declare
 from dp_synth.errors import UserError
 from dp_synth.fitting import Interrupted, fit
@@ -198,21 +206,40 @@ def test_checkpoints_are_data_for_the_owner_alone(finished_run):
     others = {path.name for path in finished_run.checkpoints_dir.iterdir()} - {
         f.name for f in files
     }
-    assert others == {"furthest", ".lock"}
+    assert others == {"progress.json", ".lock"}
 
 
-def test_an_abandoned_branch_is_refused(tmp_path):
-    """Going back to an older checkpoint would take, and spend, its later steps a second time."""
-    (tmp_path / "furthest").write_text("7\n")
-    (tmp_path / "step=000005.ckpt").write_bytes(b"")
-    with pytest.raises(UserError, match="step=000007.ckpt is missing"):
-        resume_point(tmp_path)
-    (tmp_path / "step=000007.ckpt").write_bytes(b"")
-    assert resume_point(tmp_path) == tmp_path / "step=000007.ckpt"
+def leave(directory, *steps, noted=None):
+    """Checkpoints of some steps, and a note of how far the run had come."""
+    for count in steps:
+        (directory / f"step={count:06d}.ckpt").write_bytes(b"")
+    if noted is not None:
+        write_progress(directory, noted)
+
+
+def test_an_abandoned_branch_counts(tmp_path):
+    """The steps between an older checkpoint and the furthest one left output, and are taken twice."""
+    leave(tmp_path, 3, 5, noted=Progress(steps=7, abandoned=2))
+    assert resume_point(tmp_path) == (tmp_path / "step=000005.ckpt", Progress(5, abandoned=4))
+    leave(tmp_path, 7)
+    assert resume_point(tmp_path) == (tmp_path / "step=000007.ckpt", Progress(7, abandoned=2))
+    leave(tmp_path, 9)  # killed before it was noted
+    assert resume_point(tmp_path) == (tmp_path / "step=000009.ckpt", Progress(9, abandoned=2))
+
+
+def test_a_run_whose_checkpoints_are_all_gone_counts_all_their_steps(tmp_path):
+    leave(tmp_path, noted=Progress(steps=7))
+    assert resume_point(tmp_path) == (None, Progress(0, abandoned=7))
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path):
-    assert resume_point(tmp_path) is None
+    assert resume_point(tmp_path) == (None, Progress())
+    assert resume_point(tmp_path / "not there") == (None, Progress())
+
+
+def test_a_damaged_note_of_progress_is_refused(tmp_path):
+    (tmp_path / "progress.json").write_text("{")
+    assert "progress.json is damaged" in refusal(read_progress, tmp_path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

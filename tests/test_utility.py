@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from conftest import compose
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from toy_images import PLACES, mislabelled, toy
 
 from dp_synth import evaluate
-from dp_synth.data.folder import write_image_folder
+from dp_synth.data.folder import read_image_folder, write_image_folder
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.metrics.answers import Answers
@@ -26,6 +28,7 @@ from dp_synth.metrics.private_classifier import PrivateClassifier
 from dp_synth.metrics.record import Metrics
 from dp_synth.metrics.utility import Utility
 from dp_synth.privacy.plan import PrivacyPlan
+from dp_synth.sample import fresh_samples
 
 TEST = toy(83, 4)
 
@@ -165,12 +168,95 @@ def test_a_non_private_generator_of_other_images_is_refused(tmp_path: Path) -> N
     [
         ({"seeds": 0}, "evaluator.utility.seeds=0"),
         ({"sizes": [5, 0]}, "evaluator.utility.sizes=0"),
+        ({"fresh_epochs": -1}, "evaluator.utility.fresh_epochs=-1"),
         ({"non_private_samples": "nowhere"}, "evaluator.utility.non_private_samples=nowhere"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Utility(validation_fraction=0.1, **setting)
+
+
+# --- images without end ----------------------------------------------------------------------
+
+
+def test_fresh_images_are_as_many_as_the_training_images_and_no_two_sets_alike() -> None:
+    trainer, asked = Trainer(), []
+
+    def draw(num_images: int, seed: int) -> Images:
+        asked.append((num_images, seed))
+        return toy(num_images, seed)
+
+    utility = Utility(validation_fraction=0.1, seeds=2, fresh_epochs=3)
+    metrics = measure(utility, trainer, fresh=draw, seed=5)
+    assert not asked  # that is for the training to do, as far as its steps go
+    calls = [(images, options) for images, options in trainer.calls if "fresh" in options]
+    assert [options["seed"] for _, options in calls] == [5, 6]
+    assert all(np.array_equal(images.pixels, trainer.calls[0][0].pixels) for images, _ in calls)
+    sets = [draw_set() for _, options in calls for draw_set in options["fresh"]]
+    assert [len(images) for images in sets] == 6 * [180]
+    assert len({seed for _, seed in asked}) == 6 and min(seed for _, seed in asked) > 1000
+    estimate = [metrics.values[f"utility/accuracy.fresh{e}"] for e in (".ci_low", "", ".ci_high")]
+    assert estimate == sorted(estimate) and estimate[0] < estimate[2]
+    entry = metrics.meta["utility/accuracy.fresh"]
+    assert entry["private"] and entry["n"] == 83 and "drawn anew" in entry["what"]
+    assert split_accuracies(metrics.values) == {}
+
+
+def test_classes_of_fresh_images_are_matched_by_name() -> None:
+    def draw(num_images: int, seed: int) -> Images:
+        images = toy(num_images, seed)
+        return Images(images.pixels, 3 - images.labels, images.classes[::-1])
+
+    trainer = Trainer()
+    measure(Utility(validation_fraction=0.1, fresh_epochs=1), trainer, fresh=draw)
+    (options,) = (options for _, options in trainer.calls if "fresh" in options)
+    images = options["fresh"][0]()
+    assert list(images.classes) == list("abcd")
+    heights = images.pixels[..., 0].mean(axis=2).reshape(180, PLACES, -1).mean(axis=2)
+    np.testing.assert_array_equal(heights.argmax(axis=1), images.labels)
+
+
+@pytest.mark.parametrize(("epochs", "fresh"), [(0, toy), (3, None)])
+def test_no_fresh_images_no_such_metric(epochs: int, fresh: Any) -> None:
+    metrics = measure(Utility(validation_fraction=0.1, fresh_epochs=epochs), fresh=fresh)
+    assert "utility/accuracy.fresh" not in metrics.values
+
+
+def test_fresh_images_are_drawn_as_the_runs_own(run_copy) -> None:
+    draw = fresh_samples(run_copy)
+    one, same, other = draw(13, 0), draw(13, 0), draw(13, 7)
+    assert len(one) == 13 and one.shape == (1, 8, 8)
+    np.testing.assert_array_equal(one.pixels, same.pixels)
+    assert not np.array_equal(one.pixels, other.pixels)
+    # The run's seed, number and sampler give the run's samples.
+    own = read_image_folder(run_copy.samples_dir)
+    again = draw(len(own), run_copy.config().seed)
+    assert sorted(map(bytes, again.pixels)) == sorted(map(bytes, own.pixels))
+
+
+def test_without_a_sampler_or_a_model_nothing_is_drawn(run_copy) -> None:
+    cfg = run_copy.config()
+    cfg.sampler = {}
+    OmegaConf.save(cfg, run_copy.config_path)
+    assert fresh_samples(run_copy) is None
+    shutil.rmtree(run_copy.model_dir)
+    assert fresh_samples(run_copy) is None
+
+
+def test_only_the_runs_own_samples_are_continued(command, run_copy) -> None:
+    shutil.copytree(run_copy.samples_dir, run_copy.path / "others")
+    briefly = ("evaluator.classifier.steps=2", "evaluator.utility.fresh_epochs=1")
+    arguments = (f"run={run_copy.path}", "evaluator.memorization=null", *briefly)
+    outcome = command(evaluate, *arguments, f"samples={run_copy.path / 'others'}")
+    assert outcome.code == 0 and "utility/accuracy.fresh" not in outcome.out
+    outcome = command(evaluate, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert 0 <= run_copy.metrics()["utility/accuracy.fresh"] <= 1
+    assert "sampling" not in outcome.err
+
+
+# --- calibration -----------------------------------------------------------------------------
 
 
 def test_calibration_error_is_that_of_the_classifier() -> None:
@@ -249,6 +335,7 @@ BRIEFLY = (
     "evaluator.classifier.steps=2",
     "evaluator.classifier.batch_size=4",
     "evaluator.classifier.width=1",
+    "evaluator.feature_classifier.steps=2",
     "evaluator.fidelity=null",
 )
 
@@ -262,6 +349,7 @@ def test_the_papers_protocol_runs_and_its_query_is_in_the_statement(command, run
         *BRIEFLY,
         "evaluator.utility.seeds=2",
         "evaluator.utility.sizes=[10]",
+        "evaluator.utility.fresh_epochs=1",
         "evaluator.utility.dp_classifier.steps=1",
         "evaluator.utility.dp_classifier.multiplicity=2",
         "evaluator.utility.dp_classifier.batch_size=16",
@@ -270,7 +358,7 @@ def test_the_papers_protocol_runs_and_its_query_is_in_the_statement(command, run
     )
     assert outcome.code == 0, outcome.err
     metrics, statement = run_copy.metrics(), run_copy.statement()
-    for name in ("", ".ensemble", ".size.10", ".dp_classifier", ".real", ".public_only"):
+    for name in ("", ".ensemble", ".size.10", ".fresh", ".dp_classifier", ".real", ".public_only"):
         assert 0 <= metrics[f"utility/accuracy{name}"] <= 1
     same, query = statement["queries"]
     assert same == before

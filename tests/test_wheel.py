@@ -53,7 +53,11 @@ def test_the_wheel_holds_all_of_the_package_and_the_configs(wheel):
 
 
 def test_the_wheel_holds_nothing_else(wheel):
-    assert {path.name for path in wheel.iterdir()} == {"dp_synth", "dp_synth-0.1.0.dist-info"}
+    assert {path.name for path in wheel.iterdir()} == {
+        "dp_synth",
+        "dp_synth-0.1.0.dist-info",
+        "hydra_plugins",
+    }
 
 
 def test_the_program_runs_from_the_wheel_in_another_directory(wheel, tmp_path):

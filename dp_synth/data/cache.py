@@ -246,9 +246,14 @@ def _complete(home: Path, decoder: _Decoder) -> list[Chunk]:
     _make_private(staging)
     chunks = _usable(staging, decoder)
     _check_space(staging, (len(decoder) - _stop(chunks)) * decoder.image_bytes)
+    # Neither the key, which follows the files' sizes, nor how many images are unreadable: what is
+    # said on a screen or in a log is the same, whatever one of the images is.
     logger.warning(
-        "Decoded images are kept in %s, which only you may read, until you remove it.", home
+        "Decoded images are kept in %s, which only you may read, until you remove them.",
+        home.parent,
     )
+    if decoder.on_error == "skip":
+        logger.warning("Images that cannot be read are left out; skipped.txt beside them says why.")
     _decode_rest(staging, chunks, decoder)
     reasons = [why for chunk in chunks for why in chunk.unreadable.values()]
     if len(reasons) == len(decoder):
@@ -256,7 +261,6 @@ def _complete(home: Path, decoder: _Decoder) -> list[Chunk]:
         raise UserError(f"None of the {len(reasons)} images can be read; the first: {reasons[0]}")
     if reasons:
         _write(staging / "skipped.txt", "".join(f"{why}\n" for why in reasons))
-        logger.warning("%d images are left out; %s says why.", len(reasons), home / "skipped.txt")
     _mark_verified(staging)
     _sync_folder(staging)
     staging.rename(home)
@@ -285,7 +289,7 @@ def _decode_rest(staging: Path, chunks: list[Chunk], decoder: _Decoder) -> None:
             total=len(decoder),
             initial=_stop(chunks),
             desc="decoding images",
-            unit="image",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",
             mininterval=_REFRESH_SECONDS,
             delay=1,
         ) as bar,

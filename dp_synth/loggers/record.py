@@ -1,4 +1,7 @@
-"""What a logger is told of a run: a list of names, and nothing that is not on it."""
+"""What a logger is told of a run: a list of names, and nothing that is not on it.
+
+Read after the run, behind the gate of its private phase (``dp_synth.privacy.silence``).
+"""
 
 import base64
 import io

@@ -38,6 +38,7 @@ _DECAY = 0.2  # what a drop leaves of the learning rate
 def train_classifier(
     images: Images,
     *,
+    fresh: Sequence[Callable[[], Images]] = (),
     network: Network = SmallCNN,
     width: int | None = None,
     steps: int,
@@ -64,6 +65,9 @@ def train_classifier(
 
     Args:
         images: N >= 1 images; where N is less than ``batch_size`` a batch holds repeats.
+        fresh: draw other images of the same shape and classes, which take the place of ``images``
+            one set after another. All have an equal part of the steps; no more sets are used than
+            the steps make passes over N images.
         network: shape ``(C, H, W)``, number of classes and, where it is given, ``width`` to a
             network; see ``classifier_networks``.
         width: the network's width, in its own measure; None: its default.
@@ -116,12 +120,11 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             updates, lambda step: _lr_factor(step, steps, warmup, drops)
         )
-        batches = _batches(len(images), batch_size, steps, generator)
+        batches = _batches(images, fresh, batch_size, steps, generator)
         for batch in tqdm(batches, total=steps, desc=caption, leave=False, disable=None):
-            rows = batch.numpy()
             # Floats of a batch only: those of all images may not fit into memory.
-            x = views(to_float(images.pixels[rows]).to(device))
-            y = torch.tensor(images.labels[rows], device=device)
+            x = views(to_float(batch.pixels).to(device))
+            y = torch.tensor(batch.labels, device=device)
             loss = F.cross_entropy(model(x), y, label_smoothing=label_smoothing)
             updates.zero_grad()
             loss.backward()
@@ -184,13 +187,30 @@ def _lr_factor(step: int, steps: int, warmup: float, drops: Sequence[float]) -> 
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield ``steps`` batches of row numbers ``[batch_size]``: shuffled passes over 0..n-1."""
+def _batches(
+    images: Images,
+    fresh: Sequence[Callable[[], Images]],
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator,
+) -> Iterator[Images]:
+    """Yield ``steps`` batches: of ``images``, then of each fresh set as many, as far as they go."""
+    passes = math.ceil(steps * batch_size / len(images))
+    draws = [lambda: images, *fresh][:passes]
+    for turn, draw in enumerate(draws):
+        until_now, until_then = (steps * t // len(draws) for t in (turn, turn + 1))
+        yield from _shuffled(draw(), batch_size, until_then - until_now, generator)
+
+
+def _shuffled(
+    images: Images, batch_size: int, steps: int, generator: torch.Generator
+) -> Iterator[Images]:
+    """Yield ``steps`` batches ``[batch_size]``: shuffled passes over the images."""
     pending = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(pending) < batch_size:
-            pending = torch.cat([pending, torch.randperm(n, generator=generator)])
-        yield pending[:batch_size]
+            pending = torch.cat([pending, torch.randperm(len(images), generator=generator)])
+        yield images.select(pending[:batch_size].numpy())
         pending = pending[batch_size:]
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dp_synth.data.images import Images
-from dp_synth.metrics.evidence import Evidence, RecordQuery, TrainClassifier, not_recorded
+from dp_synth.metrics.evidence import (
+    DrawSamples,
+    Evidence,
+    RecordQuery,
+    TrainClassifier,
+    not_recorded,
+)
 from dp_synth.metrics.record import Metrics
 from dp_synth.privacy.plan import PrivacyPlan
 
@@ -20,11 +26,22 @@ class Evaluator:
 
     Args:
         classifier: how classifiers are trained, see ``Evidence.train_classifier``.
+        feature_classifier: the same for the one of public images whose features others use; None:
+            as ``classifier``. Evaluators that share it share one feature space.
         parts: each adds metrics of its own, in this order; None adds nothing.
     """
 
-    def __init__(self, *, classifier: TrainClassifier, **parts: Part | None) -> None:
+    reads_private_images: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        classifier: TrainClassifier,
+        feature_classifier: TrainClassifier | None = None,
+        **parts: Part | None,
+    ) -> None:
         self.classifier = classifier
+        self.feature_classifier = feature_classifier or classifier
         self.parts = parts
 
     def __call__(
@@ -38,6 +55,7 @@ class Evaluator:
         public: Images | None,
         plan: PrivacyPlan | None = None,
         flip: bool = False,
+        fresh: DrawSamples | None = None,
         record_query: RecordQuery = not_recorded,
         seed: int,
         local_dir: Path | None = None,
@@ -59,7 +77,9 @@ class Evaluator:
             real_test=real_test,
             other_tests=other_tests,
             public=public,
+            fresh=fresh,
             train_classifier=partial(self.classifier, flip=flip),
+            train_on_public=partial(self.feature_classifier, flip=flip),
             plan=plan,
             flip=flip,
             record_query=record_query,

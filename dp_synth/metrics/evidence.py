@@ -17,6 +17,7 @@ from dp_synth.privacy.plan import PrivacyPlan
 
 TrainClassifier = Callable[..., Any]
 RecordQuery = Callable[[dict[str, Any]], None]
+DrawSamples = Callable[[int, int], Images]
 
 _FEATURE_SEED = 0
 
@@ -37,8 +38,12 @@ class Evidence:
         other_tests: further private images by the name of their split, at least 1 each.
         public: labelled public images, which may have other classes; None or none where there are
             none.
+        fresh: draws more synthetic images from the run's model: how many, and a seed; None for a
+            folder of images.
         train_classifier: trains the evaluator's classifier: images, ``seed`` and ``caption`` to a
             network of logits; see ``classifiers.train_classifier``.
+        train_on_public: the same for the public images, whose features are all that is asked for;
+            None: ``train_classifier``.
         plan: the mechanism of the run, or None where it had no privacy or there is no run.
         flip: whether a mirrored image is as good as the image, by the data set's declaration.
         record_query: adds an entry to the queries of the run's statement; to be called before the
@@ -54,7 +59,9 @@ class Evidence:
     real_test: Images
     other_tests: Mapping[str, Images] = field(default_factory=dict)
     public: Images | None = None
+    fresh: DrawSamples | None = None
     train_classifier: TrainClassifier
+    train_on_public: TrainClassifier | None = None
     plan: PrivacyPlan | None = None
     flip: bool = False
     record_query: RecordQuery = not_recorded
@@ -70,9 +77,8 @@ class Evidence:
         """
         if self.public is None or len(self.public) == 0:
             return None
-        return self.train_classifier(
-            self.public, seed=_FEATURE_SEED, caption="classifier: features"
-        )
+        train = self.train_on_public or self.train_classifier
+        return train(self.public, seed=_FEATURE_SEED, caption="classifier: features")
 
     def matched(self) -> Evidence:
         """Return the same evidence with the classes of all sets as those of the real test images.
@@ -95,6 +101,7 @@ class Evidence:
         def matching(name: str, images: Images) -> Images:
             return comparable(name, images, self.real_test)
 
+        draw = self.fresh
         return replace(
             self,
             synthetic=matching("synthetic", self.synthetic),
@@ -102,6 +109,7 @@ class Evidence:
             real_train=matching("real_train", self.real_train),
             real_test=matching("real_test", self.real_test),
             other_tests={split: matching(split, i) for split, i in self.other_tests.items()},
+            fresh=draw and (lambda n, seed: matching("fresh", draw(n, seed))),
         )
 
 

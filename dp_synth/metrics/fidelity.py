@@ -16,7 +16,7 @@ from dp_synth.metrics.comparison import Comparison
 from dp_synth.metrics.evidence import Evidence, subset
 from dp_synth.metrics.features.cache import cached
 from dp_synth.metrics.features.classifier import classifier_features
-from dp_synth.metrics.features.dinov2 import dinov2 as load_dinov2
+from dp_synth.metrics.features.dinov2 import dinov2 as find_dinov2
 from dp_synth.metrics.features.efficientnet import efficientnet_lite0
 from dp_synth.metrics.features.extraction import Features
 from dp_synth.metrics.features.inception import inception
@@ -59,7 +59,8 @@ class Fidelity:
     images, equally many of each: what real images reach is the floor that synthetic ones can hope
     for. Values of different networks do not compare.
 
-    Networks are loaded at once, so that a file that is not there is known before anything is read.
+    Packages and files of networks are looked for at once, so that what is not there is known before
+    anything is read; networks are loaded when they are used.
 
     Args:
         features: names of networks, see ``NETWORKS``; ``classifier`` is trained on public images
@@ -70,7 +71,7 @@ class Fidelity:
             cache folder.
 
     Raises:
-        UserError: an unknown name, or a network that cannot be loaded.
+        UserError: an unknown name, or a network that is not there.
     """
 
     def __init__(
@@ -81,15 +82,15 @@ class Fidelity:
         dinov2: str = "facebook/dinov2-large",
         cache: Path | None = None,
     ) -> None:
-        loaders = {
+        sources = {
             "efficientnet_lite0": efficientnet_lite0,
             "inception": lambda: inception(inception_weights),
-            "dinov2": lambda: load_dinov2(dinov2),
+            "dinov2": lambda: find_dinov2(dinov2),
         }
         for name in features:
             one_of("evaluator.fidelity.features", name, NETWORKS)
         self._names = list(features)
-        self._loaded = {name: loaders[name]() for name in features if name in loaders}
+        self._found = {name: sources[name]() for name in features if name in sources}
         self._cache = cache or cache_folder() / "features"
 
     def __call__(self, evidence: Evidence, metrics: Metrics) -> None:
@@ -110,7 +111,7 @@ class Fidelity:
             if name == "pixels":
                 yield pixel_features(evidence.real_train.shape)
             elif name != "classifier":
-                yield self._loaded[name]
+                yield self._found[name]
             elif evidence.public_classifier is not None:
                 yield classifier_features(evidence.public_classifier)
 

@@ -11,6 +11,7 @@ _NO_SPLITS = frozenset(
         "dp_classifier",
         "non_private_generator",
         "ensemble",
+        "fresh",
         "synthetic_validation",
         "ci_low",
         "ci_high",

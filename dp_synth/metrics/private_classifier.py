@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
-from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,6 +20,7 @@ from dp_synth.metrics.classifier_networks import Classifier
 from dp_synth.metrics.classifiers import Network, build, default_device, seeded
 from dp_synth.privacy.clipping import ClippingEngine, check_engine
 from dp_synth.privacy.clipping.loss import RowLoss
+from dp_synth.privacy.optimizer import NoisingOptimizer
 from dp_synth.privacy.plan import PrivacyPlan
 from dp_synth.privacy.randomness import Randomness
 from dp_synth.privacy.units import spread
@@ -88,6 +88,8 @@ class PrivateClassifier:
                 clipping="flat",
                 engine="auto",
                 noise_multiplier=None,
+                label_histogram_eps=None,
+                abandoned_steps=0,
             )
         return plan.calibrate()
 
@@ -139,7 +141,8 @@ class PrivateClassifier:
     ) -> None:
         engine = ClippingEngine(net, plan.max_grad_norm, clipping=plan.clipping)
         self._check(engine, images, seed)
-        optimizer = self._optimizer(net, plan)
+        sgd = torch.optim.SGD(net.parameters(), lr=self.lr, momentum=0.9)
+        optimizer = NoisingOptimizer(sgd, plan)
         ema = EMAModel(net.parameters(), decay=self.ema_decay)
         randomness = plan.randomness(seed)
         batches = ImageDataModule(images, lambda _: plan.batches(randomness)).train_dataloader()
@@ -152,21 +155,11 @@ class PrivateClassifier:
             rows = self._rows(batch, randomness, step, flip)
             optimizer.zero_grad()
             engine.accumulate(_loss(net), rows, self.multiplicity)
-            optimizer.generator = randomness.noise_generator(step, self.device)
+            optimizer.begin_step(randomness, step, self.device)
             optimizer.step()
             ema.step(net.parameters())
         engine.remove()
         ema.copy_to(net.parameters())
-
-    def _optimizer(self, net: Classifier, plan: PrivacyPlan) -> DPOptimizerFastGradientClipping:
-        """SGD that is fed with the noised sum divided by the expected batch size."""
-        assert plan.noise_multiplier is not None
-        return DPOptimizerFastGradientClipping(
-            torch.optim.SGD(net.parameters(), lr=self.lr, momentum=0.9),
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=plan.batch_size,
-        )
 
     def _rows(
         self, batch: Batch, randomness: Randomness, step: int, flip: bool

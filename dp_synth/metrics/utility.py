@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from dp_synth.checks import count
+from dp_synth.checks import count, whole
 from dp_synth.data.folder import read_image_folder
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.metrics.answers import Answers
 from dp_synth.metrics.classifiers import Network, predict, probabilities
 from dp_synth.metrics.estimates import accuracy
-from dp_synth.metrics.evidence import Evidence, comparable
+from dp_synth.metrics.evidence import DrawSamples, Evidence, comparable
 from dp_synth.metrics.private_classifier import PrivateClassifier
 from dp_synth.metrics.record import Metrics
 from dp_synth.privacy.plan import PrivacyPlan
+from dp_synth.privacy.statement import query_entry
 from dp_synth.privacy.wording import eps_at_delta
 
 _KEY = "evaluator.utility"
@@ -39,6 +41,9 @@ class Utility:
             the mean over them, and each one's is a metric, too.
         sizes: numbers of synthetic images, drawn from those to train on, to train classifiers on;
             those that there are not are left out.
+        fresh_epochs: how many sets of as many new images are drawn, one after another, to train on
+            after those that there are, see ``train_classifier``; 0, or a folder of images without
+            a model: no such metric.
         dp_classifier: trains a classifier directly on the private images at the run's eps and
             delta, which spends them once more; None: no such baseline.
         non_private_samples: folder of a generator's samples that was trained without privacy, one
@@ -55,6 +60,7 @@ class Utility:
         seeds: int = 1,
         networks: Mapping[str, Network] | None = None,
         sizes: Sequence[int] = (),
+        fresh_epochs: int = 0,
         dp_classifier: PrivateClassifier | None = None,
         non_private_samples: str | Path | None = None,
     ) -> None:
@@ -72,6 +78,7 @@ class Utility:
         self.seeds = count(f"{_KEY}.seeds", seeds)
         self.networks = networks
         self.sizes = [count(f"{_KEY}.sizes", size) for size in sizes]
+        self.fresh_epochs = whole(f"{_KEY}.fresh_epochs", fresh_epochs)
         self.dp_classifier = dp_classifier
         self.non_private_samples = non_private_samples
 
@@ -81,6 +88,8 @@ class Utility:
         self._add_synthetic(evidence, metrics, training, validation)
         for name, images, described in self._others(evidence, training):
             self._add_trained_on(evidence, metrics, name, images, described)
+        if self.fresh_epochs > 0 and evidence.fresh is not None:
+            self._add_trained_on_fresh(evidence, metrics, training, evidence.fresh)
         if self.dp_classifier is not None and evidence.plan is not None:
             self._add_dp_classifier(evidence, metrics, self.dp_classifier, evidence.plan)
 
@@ -180,16 +189,36 @@ class Utility:
             what=f"Accuracy on real test images of {self._noun()} trained on {described}.",
         )
 
+    def _add_trained_on_fresh(
+        self, evidence: Evidence, metrics: Metrics, training: Images, draw: DrawSamples
+    ) -> None:
+        def fresh(seed: int) -> list[Callable[[], Images]]:
+            return [
+                partial(draw, len(training), _sampling_seed(seed, epoch))
+                for epoch in range(self.fresh_epochs)
+            ]
+
+        (answers,) = self._ask(evidence, training, [evidence.real_test], "fresh images", fresh)
+        metrics.add_estimate(
+            "utility/accuracy.fresh",
+            answers.accuracy(),
+            private=True,
+            what=f"Accuracy on real test images of {self._noun()} trained for as many steps, on "
+            f"synthetic images that are drawn anew up to {self.fresh_epochs} times on the way.",
+        )
+
     def _add_dp_classifier(
         self, evidence: Evidence, metrics: Metrics, trainer: PrivateClassifier, run: PrivacyPlan
     ) -> None:
         plan = trainer.plan(run)
-        (query,) = plan.statement(plan.steps, status="finished")["queries"]
-        query |= {
-            "query": "dp_sgd_classifier",
-            "released": "A classifier's accuracy, as a baseline. Its eps is spent beside that of "
-            "the synthetic data, by whoever publishes the accuracy or the classifier.",
-        }
+        query = query_entry(
+            "dp_sgd_classifier",
+            plan.mechanisms()["dp_sgd"],
+            delta=plan.delta,
+            accountant=plan.accountant,
+            released="A classifier's accuracy, as a baseline. Its eps is spent beside that of the "
+            "synthetic data, by whoever publishes the accuracy or the classifier.",
+        )
         evidence.record_query(query)
         model = trainer.train(evidence.real_train, plan, flip=evidence.flip, seed=evidence.seed)
         metrics.add_estimate(
@@ -203,19 +232,33 @@ class Utility:
         )
 
     def _ask(
-        self, evidence: Evidence, training: Images, tests: Sequence[Images], caption: str
+        self,
+        evidence: Evidence,
+        training: Images,
+        tests: Sequence[Images],
+        caption: str,
+        fresh: Callable[[int], Sequence[Callable[[], Images]]] | None = None,
     ) -> list[Answers]:
-        """Train on ``training`` for each network and seed; return the answers to each test."""
+        """Train on ``training`` for each network and seed; return the answers to each test.
+
+        Args:
+            evidence: how to train.
+            training: what to train on, first where there is ``fresh``.
+            tests: images to label.
+            caption: of the progress bar.
+            fresh: seed of a classifier to what draws further images for it.
+        """
         networks = self._networks()
         found: list[dict[str, list[npt.NDArray[np.float32]]]]
         found = [{name: [] for name in networks} for _ in tests]
         for name, options in networks.items():
-            for repeat in range(self.seeds):
+            for seed in range(evidence.seed, evidence.seed + self.seeds):
                 model = evidence.train_classifier(
                     training,
-                    seed=evidence.seed + repeat,
+                    seed=seed,
                     caption=" ".join(["classifier:", caption, *([name] if options else [])]),
                     **options,
+                    **({"fresh": fresh(seed)} if fresh is not None else {}),
                 )
                 for images, answers in zip(tests, found, strict=True):
                     answers[name].append(probabilities(model, images))
@@ -242,3 +285,8 @@ class Utility:
         order = np.random.default_rng(seed).permutation(len(images))
         held_out = int(self.validation_fraction * len(images))
         return images.select(order[held_out:]), images.select(order[:held_out])
+
+
+def _sampling_seed(seed: int, epoch: int) -> int:
+    """Return a seed of an epoch's images; not a small number, with which a run drew its own."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])

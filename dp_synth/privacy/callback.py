@@ -1,6 +1,5 @@
 """Makes a Lightning run private: the one file that knows both Lightning and Opacus."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from opacus.accountants import create_accountant
-from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
 from dp_synth.data.module import Batch
@@ -17,7 +15,9 @@ from dp_synth.module import DiffusionModule, MakeOptimizer
 from dp_synth.privacy.clipping import ClippingEngine, check_engine
 from dp_synth.privacy.clipping.choice import Engine, make_engine
 from dp_synth.privacy.clipping.tuning import timings_file
+from dp_synth.privacy.optimizer import NoisingOptimizer
 from dp_synth.privacy.plan import PrivacyPlan
+from dp_synth.privacy.silence import StepFault, screen
 
 # Examples in the self-check: enough to have clipped and unclipped ones, few enough for seconds.
 _CHECKED_EXAMPLES = 5
@@ -78,7 +78,7 @@ class PrivacyEngineCallback(Callback):
 
     def _prepare(self, engine: Engine, pl_module: DiffusionModule) -> None:
         """Find the engine's fastest ways, and compare it with brute force, on random images."""
-        print("timing and checking the clipping engine on random images ...", file=sys.stderr)
+        print("timing and checking the clipping engine on random images ...", file=screen())
         rows = _random_rows(pl_module)
         loss = pl_module.diffusion.row_loss(pl_module.net)
         # Measured times differ from run to run, and with them the last digits of a sum.
@@ -87,24 +87,24 @@ class PrivacyEngineCallback(Callback):
             engine.tune(
                 loss, rows, pl_module.multiplicity, self.plan.batch_size, cache=timings_file()
             )
+        if isinstance(engine, ClippingEngine) and engine.fallback_reason is not None:
+            print(
+                f"clipping one example at a time, which is slower: {engine.fallback_reason}",
+                file=screen(),
+            )
         check_engine(engine, loss, rows, pl_module.multiplicity)
 
     def _noising(self, make_optimizer: MakeOptimizer) -> MakeOptimizer:
         """The same optimizer, fed with the noised sum divided by the expected batch size."""
 
         def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-            optimizer = DPOptimizerFastGradientClipping(
-                make_optimizer(parameters),
-                noise_multiplier=self.plan.noise_multiplier,
-                max_grad_norm=self.plan.max_grad_norm,
-                expected_batch_size=self.plan.batch_size,
-            )
+            optimizer = NoisingOptimizer(make_optimizer(parameters), self.plan)
             optimizer.attach_step_hook(self._count)
             return optimizer
 
         return make
 
-    def _count(self, optimizer: DPOptimizerFastGradientClipping) -> None:
+    def _count(self, optimizer: NoisingOptimizer) -> None:
         self.accountant.step(
             noise_multiplier=optimizer.noise_multiplier, sample_rate=self.plan.sample_rate
         )
@@ -133,20 +133,18 @@ class PrivacyEngineCallback(Callback):
         """Refuse a step that the plan does not hold, and give the step its noise."""
         assert isinstance(pl_module, DiffusionModule)
         if self.steps_taken >= self.plan.steps:
-            raise RuntimeError(
+            raise StepFault(
                 f"the plan's {self.plan.steps} steps are taken and its eps is spent; "
                 "this step is refused"
             )
         if trainer.global_step != self.steps_taken:
-            raise RuntimeError(
+            raise StepFault(
                 f"{trainer.global_step} optimizer steps but {self.steps_taken} accounted ones; "
                 "training stops, since its eps would be wrong"
             )
         (optimizer,) = trainer.optimizers
-        assert isinstance(optimizer, DPOptimizerFastGradientClipping)
-        optimizer.generator = pl_module.randomness.noise_generator(
-            self.steps_taken, pl_module.device
-        )
+        assert isinstance(optimizer, NoisingOptimizer)
+        optimizer.begin_step(pl_module.randomness, self.steps_taken, pl_module.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan and the accountant, for the checkpoint."""

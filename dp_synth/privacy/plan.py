@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from dp_synth.checks import count, one_of, positive, whole
+from dp_synth.checks import count, flag, one_of, positive, whole
 from dp_synth.errors import UserError
 from dp_synth.privacy import accounting
+from dp_synth.privacy.accounting import SubsampledGaussian
 from dp_synth.privacy.batches import EpochBatches, PoissonBatches
 from dp_synth.privacy.clipping.gradients import CLIPPINGS, Clipping
 from dp_synth.privacy.randomness import (
@@ -21,18 +22,11 @@ from dp_synth.privacy.randomness import (
     Randomness,
     RepeatablePrivateRandomness,
 )
-from dp_synth.privacy.wording import (
-    ASSUMPTIONS,
-    EXAMPLE,
-    GUARANTEE,
-    MANY_IMAGES,
-    MANY_UNITS,
-    NO_GUARANTEE,
-    NOT_COVERED,
-    VOID,
-)
+from dp_synth.privacy.statement import private_statement, public_statement
+from dp_synth.privacy.wording import round_up
 
 ENGINES = ("auto", "loop", "opacus")
+_NOT_COMPARED = ("engine", "abandoned_steps")
 _SHOWN_POINTS = 20  # of the eps curve; each costs a fraction of a second of accounting
 
 
@@ -45,8 +39,13 @@ class PrivacyPlan:
     "flat" (no gradient is longer than the bound) or "automatic" (all are scaled to almost the
     bound; Bu et al. 2022, arXiv 2206.07136): the bound, and so the noise, is the same. The engine
     that clips changes no guarantee; it is recorded. `unit` names what is protected where that is
-    not the example but all images of a patient, say; then N, the batches and q count units. `unsafe_repeatable_randomness` is a seed that
-    makes every private draw repeatable: for tests, and it voids the guarantee.
+    not the example but all images of a patient, say; then N, the batches and q count units.
+    `label_histogram_eps` is what a noised histogram of the labels would cost by itself at `delta`:
+    where it is set, that query comes before the first step, and both together keep `eps`.
+    `secure_noise` draws the noise from a cryptographic generator onto a grid. `abandoned_steps`
+    were taken by a branch of the run that was given up for an older checkpoint: they left output,
+    and count beside `steps`. `unsafe_repeatable_randomness` is a seed that makes every private draw
+    repeatable: for tests, and it voids the guarantee.
 
     Raises UserError naming the key for a value out of range; warns where delta >= 1 / num_examples.
     """
@@ -63,6 +62,9 @@ class PrivacyPlan:
     engine: Literal["auto", "loop", "opacus"] = "auto"
     unit: str | None = None
     noise_multiplier: float | None = None
+    label_histogram_eps: float | None = None
+    secure_noise: bool = False
+    abandoned_steps: int = 0
     unsafe_repeatable_randomness: int | None = None
 
     private: ClassVar[bool] = True
@@ -94,9 +96,25 @@ class PrivacyPlan:
         if self.noise_multiplier is not None:
             noise_multiplier = positive("privacy.noise_multiplier", self.noise_multiplier)
             object.__setattr__(self, "noise_multiplier", noise_multiplier)
+        if self.label_histogram_eps is not None:
+            histogram_eps = positive("privacy.label_histogram_eps", self.label_histogram_eps)
+            object.__setattr__(self, "label_histogram_eps", histogram_eps)
+            if histogram_eps >= self.eps:
+                raise UserError(
+                    f"privacy.label_histogram_eps={histogram_eps:g} leaves nothing of "
+                    f"privacy.eps={self.eps:g} for training; a twentieth of it would work."
+                )
+        flag("privacy.secure_noise", self.secure_noise)
+        abandoned_steps = whole("privacy.abandoned_steps", self.abandoned_steps)
+        object.__setattr__(self, "abandoned_steps", abandoned_steps)
         if self.unsafe_repeatable_randomness is not None:
             seed = whole("privacy.unsafe_repeatable_randomness", self.unsafe_repeatable_randomness)
             object.__setattr__(self, "unsafe_repeatable_randomness", seed)
+            if self.secure_noise:
+                raise UserError(
+                    "privacy.secure_noise=true and privacy.unsafe_repeatable_randomness exclude "
+                    "each other: noise that can be repeated is not secure."
+                )
         if self.delta >= 1 / self.num_examples:
             warnings.warn(
                 f"privacy.delta={self.delta} is not below 1/N = {1 / self.num_examples:.2g}: "
@@ -115,7 +133,7 @@ class PrivacyPlan:
         Raises UserError if the noise multiplier that it has does not keep eps.
         """
         if self.noise_multiplier is not None:
-            if self._spent(self.steps, self.accountant).eps > self.eps * (1 + 1e-6):
+            if self.epsilon() > self.eps * (1 + 1e-6):
                 raise UserError(
                     f"privacy.noise_multiplier={self.noise_multiplier} does not keep "
                     f"privacy.eps={self.eps}; leave it out and it is calibrated."
@@ -125,21 +143,44 @@ class PrivacyPlan:
             eps=self.eps,
             delta=self.delta,
             sample_rate=self.sample_rate,
-            steps=self.steps,
+            steps=self.steps + self.abandoned_steps,
             accountant=self.accountant,
+            others=self._histogram(),
         )
-        # The new plan has the same delta; its warning has been given.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return replace(self, noise_multiplier=noise_multiplier)
+        return self._with(noise_multiplier=noise_multiplier)
+
+    def spent(self, steps_taken: int | None = None) -> accounting.Spent:
+        """eps after `steps_taken` steps (default: all) and the accountant that it came from.
+
+        Raises UserError for more steps than planned.
+        """
+        return accounting.composed(
+            self.mechanisms(steps_taken).values(), delta=self.delta, accountant=self.accountant
+        )
 
     def epsilon(self, steps_taken: int | None = None) -> float:
         """eps after `steps_taken` steps (default: all). Raises UserError for more than planned."""
-        return self._spent(steps_taken, self.accountant).eps
+        return self.spent(steps_taken).eps
 
     def rdp_epsilon(self, steps_taken: int | None = None) -> float:
         """The same by Renyi accounting alone, as a cross-check: usually a little larger."""
-        return self._spent(steps_taken, "rdp").eps
+        mechanisms = self.mechanisms(steps_taken).values()
+        return accounting.composed(mechanisms, delta=self.delta, accountant="rdp").eps
+
+    def mechanisms(self, steps_taken: int | None = None) -> dict[str, SubsampledGaussian]:
+        """What has looked at private images after `steps_taken` steps (default: all), by query.
+
+        Raises UserError for more steps than planned.
+        """
+        steps = self.steps if steps_taken is None else steps_taken
+        if not 0 <= steps <= self.steps:
+            raise UserError(f"{steps} steps are not within the privacy.steps={self.steps} planned.")
+        plan = self if self.noise_multiplier is not None else self.calibrate()
+        assert plan.noise_multiplier is not None
+        dp_sgd = SubsampledGaussian(
+            plan.noise_multiplier, self.sample_rate, steps + self.abandoned_steps
+        )
+        return dict(zip(("label_histogram",), self._histogram(), strict=False)) | {"dp_sgd": dp_sgd}
 
     def epsilon_curve(self, points: int = 10) -> list[tuple[int, float]]:
         """(steps, eps) at up to `points` evenly spaced step counts from 0 to the last."""
@@ -177,15 +218,30 @@ class PrivacyPlan:
             PrivateProgress(caption, self.epsilon_curve(_SHOWN_POINTS)),
         ]
 
+    def after_abandoning(self, steps: int) -> Self:
+        """This plan, at its own noise, of a run that gave up branches of `steps` steps in all.
+
+        Raises UserError where eps does not hold them beside the planned ones.
+        """
+        plan = self.calibrate()._with(abandoned_steps=steps)
+        if plan.epsilon() > plan.eps * (1 + 1e-6):
+            raise UserError(
+                f"going on from an older checkpoint would count {steps} steps beside the "
+                f"{plan.steps} planned, eps = {round_up(plan.epsilon())} in all, above "
+                f"privacy.eps={plan.eps:g}; restore the newest checkpoint or start a new run."
+            )
+        return plan
+
     def same_mechanism(self, other: "PrivacyPlan | PublicPlan") -> list[str]:
         """Names of the fields in which two mechanisms differ; empty if a run may be resumed.
 
-        Both are calibrated first. The engine is left out, since it changes no guarantee.
+        Both are calibrated first. The engine is left out, since it changes no guarantee, and so are
+        abandoned steps, which only a resumed run has.
         """
         if not isinstance(other, PrivacyPlan):
             return ["private"]
         mine, theirs = self.calibrate(), other.calibrate()
-        return [name for name in _differing(mine, theirs) if name != "engine"]
+        return [name for name in _differing(mine, theirs) if name not in _NOT_COMPARED]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, fit for JSON."""
@@ -202,56 +258,27 @@ class PrivacyPlan:
         Until `status` is "finished", the eps of the whole plan is stated: a run that is killed or
         continued must not leave a number below what its later steps spend.
         """
-        plan = self.calibrate()
-        steps = steps_taken if status == "finished" else self.steps
-        spent = plan._spent(steps, self.accountant)
-        mechanism = {
-            "eps": spent.eps,
-            "delta": self.delta,
-            "noise_multiplier": plan.noise_multiplier,
-            "sample_rate": self.sample_rate,
-            "steps": steps,
-            "max_grad_norm": self.max_grad_norm,
-            "clipping": self.clipping,
-        }
-        void = self.unsafe_repeatable_randomness is not None
-        return {
-            "private": True,
-            "guarantee": VOID if void else GUARANTEE,
-            "status": status,
-            **mechanism,
-            "eps_planned": self.eps,
-            "eps_rdp": plan.rdp_epsilon(steps),
-            "accountant": spent.accountant,
-            # While it runs, nobody keeps this file up to date.
-            "steps_taken": None if status == "running" else steps_taken,
-            "steps_planned": self.steps,
-            "batch_size": self.batch_size,
-            "multiplicity": self.multiplicity,
-            "num_examples": self.num_examples,
-            "engine": self.engine,
-            **ASSUMPTIONS,
-            "unit": self.unit or EXAMPLE,
-            "queries": [
-                {"query": "dp_sgd", "mechanism": "poisson_subsampled_gaussian", **mechanism}
-            ],
-            "unaccounted_looks": [],
-            "not_covered": [MANY_UNITS if self.unit else MANY_IMAGES, *NOT_COVERED],
-        }
+        return private_statement(self.calibrate(), steps_taken, status)
 
-    def _spent(self, steps_taken: int | None, accountant: str) -> accounting.Spent:
-        steps = self.steps if steps_taken is None else steps_taken
-        if not 0 <= steps <= self.steps:
-            raise UserError(f"{steps} steps are not within the privacy.steps={self.steps} planned.")
-        plan = self if self.noise_multiplier is not None else self.calibrate()
-        assert plan.noise_multiplier is not None
-        return accounting.spent(
-            noise_multiplier=plan.noise_multiplier,
-            sample_rate=self.sample_rate,
-            steps=steps,
-            delta=self.delta,
-            accountant=accountant,
+    @property
+    def label_histogram_noise_multiplier(self) -> float | None:
+        """Standard deviation of the noise of a count of units, or None without that query."""
+        histogram = self._histogram()
+        return histogram[0].noise_multiplier if histogram else None
+
+    def _with(self, **changes: Any) -> Self:
+        """The same but for some fields; of its delta, which stays, a warning has been given."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return replace(self, **changes)
+
+    def _histogram(self) -> tuple[SubsampledGaussian, ...]:
+        if self.label_histogram_eps is None:
+            return ()
+        noise_multiplier = accounting.calibrate(
+            eps=self.label_histogram_eps, delta=self.delta, sample_rate=1.0, steps=1
         )
+        return (SubsampledGaussian(noise_multiplier, 1.0, 1),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +294,7 @@ class PublicPlan:
     multiplicity: int = 1
 
     private: ClassVar[bool] = False
+    label_histogram_noise_multiplier: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size", "steps", "multiplicity"):
@@ -305,6 +333,10 @@ class PublicPlan:
 
         return [PublicProgress(caption)]
 
+    def after_abandoning(self, steps: int) -> Self:
+        """Itself: no step is counted."""
+        return self
+
     def same_mechanism(self, other: "PrivacyPlan | PublicPlan") -> list[str]:
         """Names of the fields in which two plans differ."""
         return _differing(self, other) if isinstance(other, PublicPlan) else ["private"]
@@ -320,21 +352,7 @@ class PublicPlan:
 
     def statement(self, steps_taken: int, status: str) -> dict[str, Any]:
         """A statement, fit for JSON, that there is no guarantee: its eps is null."""
-        return {
-            "private": False,
-            "guarantee": NO_GUARANTEE,
-            "status": status,
-            "eps": None,
-            "steps_taken": steps_taken,
-            "steps_planned": self.steps,
-            "batch_size": self.batch_size,
-            "multiplicity": self.multiplicity,
-            "num_examples": self.num_examples,
-            "sampling": "epochs",
-            "queries": [],
-            "unaccounted_looks": [],
-            "not_covered": ["The training data: nothing is promised about them."],
-        }
+        return public_statement(self, steps_taken, status)
 
 
 def _key(name: str) -> str:

@@ -47,6 +47,11 @@ class PrivateRandomness:
     Seeds are neither recorded nor derivable: every call asks the system for new entropy, so no two
     streams share a seed and a resumed run draws afresh. Selection is the system's cryptographic
     generator itself; rows and noise are torch generators with as much entropy as they can hold.
+
+    Under `privacy.secure_noise` the noise has a source of its own, `SecureNoise`, and rows stay with
+    torch's: an example's contribution is bounded whatever its draws are, their law depends on no
+    other example, and none is released but within the noised sum, so that nothing is there from
+    which to find the generator's state.
     """
 
     def __reduce__(self) -> str:

@@ -25,20 +25,44 @@ MANY_UNITS = (
     "protected less, by each one's eps together."
 )
 
-NOT_COVERED = (
-    (
-        "Hyper-parameter search: further runs on the same private data, of these or other settings, "
-        "and choosing among them, spend eps of their own."
-    ),
-    "Evaluation on private images: a metric computed on them is released without noise.",
+_REAL_ARITHMETIC = (
     "Floating point: the accounting assumes real arithmetic and ideal Gaussian noise.",
     "The noise generator: started from the operating system's entropy, but no cryptographic one.",
+)
+_SECURE_NOISE = (
+    (
+        "Floating point: the noise is ideal Gaussian noise rounded to a grid and added exactly, so "
+        "that no digit of what is released tells more than the noised sum; rounding inside the sum "
+        "of clipped gradients itself, by which neighbours may differ a little more than by "
+        "max_grad_norm, is not covered."
+    ),
+    (
+        "The noise generator: AES-256 in counter mode under keys from the operating system that are "
+        "kept nowhere; the guarantee holds against whoever cannot break it."
+    ),
+    (
+        "An example's own draws (timestep, image noise, dropout): from a generator started from the "
+        "operating system's entropy, but no cryptographic one; none of them is released."
+    ),
+)
+_NEVER_COVERED = (
+    (
+        "Hyper-parameter search: further runs on the same private data, of these or other settings, "
+        "and choosing among them, spend eps of their own (the ledger composes them)."
+    ),
+    "Evaluation on private images: a metric computed on them is released without noise.",
     "The test split: the guarantee covers the training split.",
     "The public data: what the pre-training images or weights reveal about their own subjects.",
     "The number of examples (num_examples), the class names and the image size: taken as public.",
     "Checkpoints of an unfinished run: they hold optimizer state and are not meant for release.",
     "Time, memory and other side channels of the machine that trains.",
 )
+
+
+def not_covered(*, secure_noise: bool) -> tuple[str, ...]:
+    """What no plan's guarantee speaks of, in sentences."""
+    return (*_NEVER_COVERED, *(_SECURE_NOISE if secure_noise else _REAL_ARITHMETIC))
+
 
 ASSUMPTIONS = {
     "adjacency": "zero_out",

@@ -1,18 +1,36 @@
 """What a report says about several runs together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from dp_synth.privacy.wording import round_up
+from dp_synth.privacy.accounting import composed
+from dp_synth.privacy.wording import EXAMPLE
 from dp_synth.reporting.charts import Outcome, percent_axis, quality_over_eps
 from dp_synth.reporting.closeness import DISTANCES
 from dp_synth.reporting.content import Content
 from dp_synth.reporting.drawing import Axis, Baseline
-from dp_synth.reporting.numbers import decimal
 from dp_synth.reporting.scales import Interval, linear_scale, proportion_scale
 from dp_synth.reporting.usefulness import accuracy_baselines
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What several private runs on one data set cost together, one unit of it.
+
+    Attributes:
+        one: the unit, in a word.
+        runs: how many there are.
+        eps, delta: of all their queries, composed at the smallest delta of theirs.
+        how: the accountant, or that eps and delta were added up.
+    """
+
+    one: str
+    runs: int
+    eps: float
+    delta: float
+    how: str
 
 
 @dataclass(frozen=True)
@@ -22,12 +40,14 @@ class Group:
     Attributes:
         dataset: its name.
         charts: (title, chart) of quality over eps.
-        totals: sentences on what the private ones spend together.
+        together: what the private ones cost together, for each unit that several of them protect.
+        warnings: sentences on what is in no such sum.
     """
 
     dataset: str
     charts: list[tuple[str, Markup]]
-    totals: list[str]
+    together: list[Cost]
+    warnings: list[str]
 
 
 def compare(contents: Sequence[Content]) -> list[Group]:
@@ -48,7 +68,7 @@ def compare(contents: Sequence[Content]) -> list[Group]:
             )
             if chart is not None
         ]
-        groups.append(Group(dataset, charts, _totals(dataset, valid)))
+        groups.append(Group(dataset, charts, _together(valid), list(_warnings(here, valid))))
     return groups
 
 
@@ -96,18 +116,50 @@ def _values(contents: Sequence[Content], key: str) -> list[float]:
     return [m.value for content in contents if (m := content.numbers.find(key)) is not None]
 
 
-def _totals(dataset: str, valid: Sequence[Content]) -> list[str]:
-    """The basic composition, for each unit: eps and delta of runs on the same images add up."""
-    sentences = []
+def _together(valid: Sequence[Content]) -> list[Cost]:
+    """A cost for each unit that at least two runs have a bound for."""
+    costs = []
     for unit in sorted({content.unit for content in valid}):
-        together = [content for content in valid if content.unit == unit]
-        if len(together) < 2:
-            continue
-        eps = sum(content.eps or 0 for content in together)
-        delta = sum(content.delta or 0 for content in together)
-        sentences.append(
-            f"The {len(together)} private runs on {dataset} together spend at most "
-            f"eps = {round_up(eps)} at delta = {decimal(delta)} for one {together[0].one}, if they "
-            "saw the same private images. Every further run adds its own, released or not."
+        # Whoever zeroes a patient zeroes the patient's images: for an image, all runs count. For a
+        # patient, who may have any number of images, only those do that count patients.
+        counted = [content for content in valid if unit in (EXAMPLE, content.unit)]
+        if len(counted) > 1:
+            one = next(content.one for content in counted if content.unit == unit)
+            costs.append(_cost(one, counted))
+    return costs
+
+
+def _cost(one: str, runs: Sequence[Content]) -> Cost:
+    """Of the statements' queries; of eps and delta alone where a statement does not list them."""
+    if all(run.mechanisms and run.delta for run in runs):
+        delta = min(run.delta for run in runs if run.delta)
+        spent = composed((one for run in runs for one in run.mechanisms), delta=delta)
+        return Cost(one, len(runs), spent.eps, delta, f"composed, {spent.accountant}")
+    eps, delta = (sum(getattr(run, key) or 0 for run in runs) for key in ("eps", "delta"))
+    return Cost(one, len(runs), eps, delta, "added up")
+
+
+def _warnings(here: Sequence[Content], valid: Sequence[Content]) -> Iterator[str]:
+    """What no eps of several runs covers."""
+    dataset = here[0].dataset
+    if looks := sum(len(content.looks) for content in here):
+        yield (
+            f"On {dataset} there {_were(looks, 'look')} at private images without noise, which no "
+            "finite eps covers. To choose by what they gave is such a look, too."
         )
-    return sentences
+    if without := len(here) - len(valid):
+        yield (
+            f"On {dataset} there {_were(without, 'run')} without a guarantee: to publish anything "
+            "of these, or to choose by them, has no eps at all."
+        )
+    named = sorted({content.unit for content in valid} - {EXAMPLE})
+    for unit in named if len(valid) > 1 else []:
+        if others := sum(content.unit != unit for content in valid):
+            yield (
+                f"On {dataset} there {_were(others, 'run')} that did not count by {unit}: the sums "
+                f"for a {unit} leave {'it' if others == 1 else 'them'} out."
+            )
+
+
+def _were(count: int, what: str) -> str:
+    return f"was 1 {what}" if count == 1 else f"were {count} {what}s"

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.errors import UserError
+from dp_synth.privacy.accounting import Mechanism
 from dp_synth.privacy.wording import EXAMPLE, is_void
 from dp_synth.reporting import statement as wording
 from dp_synth.reporting.closeness import Space, read_closeness
@@ -56,6 +57,7 @@ class Content:
     curve: Markup | None
     statement: list[tuple[str, Any]]
     queries: list[list[tuple[str, Any]]]
+    mechanisms: list[Mechanism]
     not_covered: list[str]
     looks: list[tuple[str, list[str]]]
     versions: list[tuple[str, str]]
@@ -84,7 +86,7 @@ def read_content(run: Run) -> Content:
         UserError: a file of the run is damaged.
     """
     cfg = run.config()
-    statement = _read(run.statement, run.privacy_path) if run.privacy_path.is_file() else {}
+    statement = read_statement(run)
     numbers = Numbers(
         _read(run.metrics, run.metrics_path), _read(run.metrics_meta, run.metrics_meta_path)
     )
@@ -94,7 +96,7 @@ def read_content(run: Run) -> Content:
     return Content(
         name=run.path.resolve().name,
         dataset=str(OmegaConf.select(cfg, "dataset.name") or "unnamed data"),
-        public=_public_name(cfg),
+        public=public_name(cfg),
         stated=bool(statement),
         private=eps is not None,
         void=is_void(statement),
@@ -118,10 +120,16 @@ def read_content(run: Run) -> Content:
         curve=wording.curve(statement),
         statement=wording.rows(statement),
         queries=wording.queries(statement),
+        mechanisms=wording.mechanisms(statement.get("queries", [])),
         not_covered=[str(sentence) for sentence in statement.get("not_covered", [])],
         looks=wording.looks(statement),
         versions=[(name, str(v)) for name, v in statement.get("versions", {}).items()],
     )
+
+
+def read_statement(run: Run) -> dict[str, Any]:
+    """The statement of a run; empty where there is none. Raises UserError where it is damaged."""
+    return _read(run.statement, run.privacy_path) if run.privacy_path.is_file() else {}
 
 
 def _read(read: Callable[[], Json], path: Path) -> Json:
@@ -132,7 +140,7 @@ def _read(read: Callable[[], Json], path: Path) -> Json:
         raise UserError(f"{path} is not JSON; the file is damaged.") from None
 
 
-def _public_name(cfg: DictConfig) -> str | None:
+def public_name(cfg: DictConfig) -> str | None:
     """The published model, or the module of a loader, as in ``dp_synth.data.font_digits.load``."""
     if (path := OmegaConf.select(cfg, "public.path")) is not None:
         return Path(str(path)).name

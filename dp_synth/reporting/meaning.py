@@ -25,8 +25,34 @@ def guess(eps: float, delta: float) -> str:
     et al. 2015, arXiv 1311.0776, theorem 2.1), so that at most ``(e^eps + delta) / (1 + e^eps)``
     of the guesses are right.
     """
-    # 1 - share, since the share itself rounds to 1 at a large eps.
-    wrong = max(0.0, 1 - delta) / (1 + math.exp(min(eps, _LIMIT)))
+    return _all_but(max(0.0, 1 - delta) / (1 + math.exp(min(eps, _LIMIT))))
+
+
+def guess_by_advantage(advantage: float) -> str:
+    """The same from what is known of a mechanism: its delta at eps 0, the total variation distance.
+
+    At even odds the best test is right ``(1 + advantage) / 2`` of the time.
+    """
+    return _all_but(max(0.0, (1 - advantage) / 2))
+
+
+def found(eps: float, delta: float, accused: float) -> str:
+    """How many of those who are in the data anybody finds at most who accuses few who are not.
+
+    No rate of true positives is above ``e^eps a + delta``, nor above ``1 - e^-eps (1 - a - delta)``,
+    at a rate ``a`` of false ones (Kairouz et al. 2015, arXiv 1311.0776, theorem 2.1).
+
+    Args:
+        eps, delta: what is promised.
+        accused: the share that is accused of those who are not in the data.
+    """
+    factor = math.exp(min(eps, _LIMIT))
+    missed = max(1 - factor * accused - delta, (1 - accused - delta) / factor, 0.0)
+    return _all_but(missed)
+
+
+def _all_but(wrong: float) -> str:
+    """1 - wrong in per cent, with as many digits as tell it from 100 %."""
     if wrong < 1e-8:
         return f"100{_PER_CENT}"
     decimals = max(1, math.ceil(-math.log10(100 * wrong)))

@@ -18,6 +18,12 @@ _TRAINED_ON = (
     ("utility/accuracy", "Private synthetic data", "this release", "private"),
     ("utility/accuracy.ensemble", "The same, an ensemble", "several classifiers vote", "private"),
     (
+        "utility/accuracy.fresh",
+        "Drawn anew each epoch",
+        "the generator does not run out",
+        "private",
+    ),
+    (
         "utility/accuracy.dp_classifier",
         "Real data, DP classifier",
         "trained with DP, leaves no images",

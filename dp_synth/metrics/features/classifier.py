@@ -28,6 +28,6 @@ def classifier_features(classifier: Classifier) -> Features:
         name="classifier",
         label="features of a classifier trained on public images",
         num_features=classifier.num_features,
-        network=_Penultimate(classifier),
+        load=lambda: _Penultimate(classifier),
         batch_size=1024,
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -39,7 +43,7 @@ def dinov2(model: str) -> Features:
 
     Frechet distances in it follow people's judgement of images better than FID does (Stein et al.
     2023, arXiv 2306.04675, who take the large network). Images are resized to 224x224 (bicubic,
-    antialiased).
+    antialiased). Its files are found, or downloaded, at once; weights are read at the first use.
 
     Args:
         model: id on the Hugging Face hub, such as ``facebook/dinov2-large``, or a folder of the
@@ -49,42 +53,76 @@ def dinov2(model: str) -> Features:
         UserError: transformers is not installed, or there is no such network.
     """
     try:
-        from transformers import AutoModel
+        from transformers import AutoConfig
     except ImportError as error:
         raise UserError(
             "evaluator.fidelity.features=[dinov2] needs a package: pip install transformers."
         ) from error
     try:
-        network, report = AutoModel.from_pretrained(
-            model, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"evaluator.fidelity.dinov2={model} could not be loaded ({_first_line(error)}); give "
-            "the id of a DINOv2 network on the Hugging Face hub, or a folder that holds one."
-        ) from error
-    if not network.config.model_type.startswith("dinov2") or report["missing_keys"]:
-        raise UserError(
-            f"evaluator.fidelity.dinov2={model} is not a whole DINOv2 network; give one such as "
-            "facebook/dinov2-large."
-        )
+        folder = _folder(model)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_be_loaded(model, error) from error
+    weights = sorted(folder.glob("*.safetensors"))
+    if not config.model_type.startswith("dinov2") or not weights:
+        raise _not_whole(model)
     return Features(
         name="dinov2",
         label=f"DINOv2 features ({model})",
-        num_features=network.config.hidden_size,
-        network=ready(_ClassToken(network)),
+        num_features=config.hidden_size,
+        load=partial(_read, model, folder),
         batch_size=64,
-        fingerprint=f"dinov2 {_digest(network)}",
+        fingerprint=f"dinov2 {_digest([folder / 'config.json', *weights])}",
     )
 
 
-def _digest(network: nn.Module) -> str:
-    """Hash all weights: a hub id or a folder may hold others tomorrow."""
+def _folder(model: str) -> Path:
+    """Return the folder of a network: the one that is named, or the hub's in its cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=["config.json", "*.safetensors*"]))
+
+
+def _read(model: str, folder: Path) -> nn.Module:
+    """Read the network.
+
+    Raises:
+        UserError: files that are damaged, or of another network.
+    """
+    from transformers import AutoModel
+
+    try:
+        network, report = AutoModel.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_be_loaded(model, error) from error
+    if report["missing_keys"]:
+        raise _not_whole(model)
+    return ready(_ClassToken(network))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Hash what the features depend on: a hub id or a folder may hold others tomorrow."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _cannot_be_loaded(model: str, error: Exception) -> UserError:
+    return UserError(
+        f"evaluator.fidelity.dinov2={model} could not be loaded ({_first_line(error)}); give the id "
+        "of a DINOv2 network on the Hugging Face hub, or a folder that holds one."
+    )
+
+
+def _not_whole(model: str) -> UserError:
+    return UserError(
+        f"evaluator.fidelity.dinov2={model} is not a whole DINOv2 network; give one such as "
+        "facebook/dinov2-large."
+    )
 
 
 def _first_line(error: Exception) -> str:

