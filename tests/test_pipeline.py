@@ -30,6 +30,7 @@ def test_the_run_directory_is_the_contracts(finished_run):
     assert {path.name for path in finished_run.path.iterdir()} == {
         "config.yaml",
         "privacy.json",
+        "privacy.html",
         "model",
         "checkpoints",
         "samples",
