@@ -125,7 +125,8 @@ def main(cfg: DictConfig) -> None:
     """Audit a finished run."""
     run = Run.open(cfg.run)
     whole("seed", cfg.seed)
-    record = audit_run(run, cfg)
+    with run.locked():
+        record = audit_run(run, cfg)
     print(table(record))
     print_metrics({name: metric["value"] for name, metric in record["memorization"].items()})
 

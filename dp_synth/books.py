@@ -5,13 +5,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dp_synth.checkpoints import Progress
 from dp_synth.errors import UserError
 from dp_synth.privacy import private_search
 from dp_synth.privacy.accounting import Mechanism, RandomStopping
-from dp_synth.privacy.ledger import Ledger, Query, default_path
+from dp_synth.privacy.ledger import Held, Ledger, Query, default_path
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
 from dp_synth.privacy.statement import mechanism_of
-from dp_synth.privacy.wording import EXAMPLE
+from dp_synth.privacy.wording import EXAMPLE, is_void
 from dp_synth.reporting.officer import write_privacy_page
 from dp_synth.runs import Run
 
@@ -26,17 +27,17 @@ class Books:
 
     Args:
         run: a run that has its config, which names data set and ledger.
+        cfg: in place of that config: of a sitting, whose ``ledger.max_eps`` may be another.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, cfg: DictConfig | None = None) -> None:
         self.run = run
-        cfg = run.config()
+        cfg = run.config() if cfg is None else cfg
         self.ledger = ledger_of(cfg)
         self._max_eps = OmegaConf.select(cfg, "ledger.max_eps")
         self._search = OmegaConf.select(cfg, "ledger.search")
         self._searches = OmegaConf.select(cfg, "search") is not None
-        started = str(OmegaConf.select(cfg, "started", default="unknown"))  # older runs
-        self._about = about(cfg, run.path, started)
+        self._about = about(cfg, run.path, run.started)
 
     def reserve(self, plan: PrivacyPlan | PublicPlan) -> None:
         """Enter the whole plan, before a private image is read.
@@ -50,9 +51,7 @@ class Books:
         if self._searches:
             self._search_of(plan)
             return
-        self.ledger.reserve(
-            *self._planned(plan), max_eps=self._max_eps, delta=getattr(plan, "delta", None)
-        )
+        self.ledger.reserve(*self._planned(plan), max_eps=self._max_eps)
 
     def settle(self, plan: PrivacyPlan | PublicPlan, steps_taken: int) -> None:
         """Lower what is held for training to what it has done.
@@ -95,7 +94,7 @@ class Books:
 
         Every look is an entry of its own: the best of twenty measurements is twenty looks.
         """
-        number = len(self.run.statement()["unaccounted_looks"]) + 1
+        number = self._entered("look") + 1
         self.ledger.reserve(self._query(f"look {number}", None, None, what))
         self.run.record_look(what, **details)
         write_privacy_page(self.run)
@@ -109,19 +108,41 @@ class Books:
         Raises:
             UserError: ``ledger.max_eps`` does not hold it beside all that was spent before.
         """
-        number = len(self.run.statement()["queries"]) + 1
+        number = self._entered(entry["query"]) + 1
+        void = is_void(self.run.statement())
         self.ledger.reserve(
             self._query(
                 f"{entry['query']} {number}",
-                mechanism_of(entry),
+                None if void else mechanism_of(entry),
                 entry["delta"],
                 entry["released"],
             ),
             max_eps=self._max_eps,
-            delta=entry["delta"],
         )
         self.run.record_query(entry)
         write_privacy_page(self.run)
+
+    def refuse_forgotten(self, progress: Progress) -> None:
+        """UserError where the ledger knows of more steps than a run's checkpoints do.
+
+        Checkpoints were removed, or an older copy of the run was put in its place: what was taken
+        since would count for nothing.
+        """
+        taken = progress.steps + progress.abandoned
+        for one in self._own():
+            if one.query.query == "dp_sgd" and one.least > taken:
+                raise UserError(
+                    f"run={self.run.path} has checkpoints of {taken} steps, and the ledger knows of "
+                    f"{one.least}; restore checkpoints/ or start a new run."
+                )
+
+    def _entered(self, name: str) -> int:
+        """How many looks, or queries of a name, the ledger holds of this run."""
+        return sum(one.query.query.startswith(f"{name} ") for one in self._own())
+
+    def _own(self) -> list[Held]:
+        own = (self._about["run"], self._about["started"])
+        return [one for one in self.ledger.queries() if one.query.key[:2] == own]
 
     def _search_of(self, plan: PrivacyPlan | PublicPlan) -> RandomStopping:
         """The mechanism of the search that this run belongs to, as long as it is under way."""

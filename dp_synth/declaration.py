@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.data.survey import Survey
 from dp_synth.errors import UserError
+from dp_synth.privacy.ledger import default_path
 
 # With a third of the examples in a batch the noise in each step is small for its eps, and a few
 # hundred steps are few passes; beyond a few thousand, cost grows faster than noise falls.
@@ -54,8 +55,9 @@ def declare(cfg: DictConfig) -> Survey | None:
     if dataset.delta is None:
         dataset.delta = default_delta(dataset.num_examples)
     _declare_histogram(cfg)
-    if OmegaConf.select(cfg, "ledger.path") is not None:  # a resumed run may be in another folder
-        cfg.ledger.path = str(Path(cfg.ledger.path).expanduser().absolute())
+    if "ledger" in cfg:  # a run goes on with the ledger that it began with, wherever that may be
+        path = Path(cfg.ledger.path or default_path())
+        cfg.ledger.path = str(path.expanduser().absolute())
     if cfg.privacy.batch_size is None:
         cfg.privacy.batch_size = min(_LARGEST_BATCH, -(-dataset.num_examples // 3))
     if OmegaConf.select(cfg, "audit._target_"):  # canaries are examples, too

@@ -111,7 +111,9 @@ def main(cfg: DictConfig) -> None:
             f"samples={samples} is not a directory; draw samples first with "
             f"python -m dp_synth.sample run={run.path}."
         )
-    print_metrics(evaluate_run(run, cfg, samples))
+    with run.locked():
+        metrics = evaluate_run(run, cfg, samples)
+    print_metrics(metrics)
     if samples.resolve() == run.samples_dir.resolve():
         log_run(run, run.config().logger)
 

@@ -12,6 +12,7 @@ from dp_synth.checkpoints import (
     write_progress,
 )
 from dp_synth.data.images import Images
+from dp_synth.errors import UserError
 from dp_synth.evaluate import check_test_images, reads_private_images
 from dp_synth.fitting import Interrupted, fit
 from dp_synth.loggers.journal import Journal
@@ -43,7 +44,13 @@ def first_look(
     """
     _, progress = resume_point(run.checkpoints_dir)
     plan = plan.after_abandoning(progress.abandoned)
-    books = Books(run)
+    books = Books(run, cfg)
+    books.refuse_forgotten(progress)
+    if progress.steps and plan.label_histogram_noise_multiplier and run.label_shares() is None:
+        raise UserError(
+            f"{run.label_shares_path} is missing; to ask again would spend its eps twice, so "
+            "restore it or start a new run."
+        )
     try:
         if not run.has_model():
             books.reserve(plan)

@@ -19,7 +19,7 @@ from dp_synth.data.images import Images
 from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
-from dp_synth.privacy.statement import with_query
+from dp_synth.privacy.statement import further_queries, with_query
 from dp_synth.versions import versions
 
 # What a stored config may have called; it may come from elsewhere with its run.
@@ -71,6 +71,13 @@ class Run:
                 f"run_dir={run.path} already holds a run; choose another run_dir, or continue it "
                 f"with run={run.path} resume=true."
             )
+        remains = [run.checkpoints_dir, run.model_dir, run.privacy_path, run.label_shares_path]
+        found = next((path for path in [*remains, run.local_dir] if path.exists()), None)
+        if found is not None:
+            raise UserError(
+                f"run_dir={run.path} holds {found.name} of another run, which a new one could take "
+                "for its own; choose another run_dir."
+            )
 
     @classmethod
     def create(cls, path: str | Path, cfg: DictConfig) -> "Run":
@@ -89,6 +96,11 @@ class Run:
         content = OmegaConf.to_yaml({**resolved, "started": started, **versions()})
         write_atomically(run.config_path, content)
         return run
+
+    @property
+    def started(self) -> str:
+        """ISO time at which the run was begun; "unknown" for runs of older versions."""
+        return str(OmegaConf.select(self.config(), "started", default="unknown"))
 
     def discard(self) -> None:
         """Remove a run that was begun and holds nothing but its config."""
@@ -127,7 +139,7 @@ class Run:
                 yield
         except Timeout as error:
             raise UserError(
-                f"run={self.path} is being trained by another process; wait for it or stop it."
+                f"run={self.path} is being trained or measured by another process; wait for it or stop it."
             ) from error
 
     def config(self) -> DictConfig:
@@ -150,10 +162,13 @@ class Run:
         return cfg
 
     def write_statement(self, statement: dict[str, Any]) -> None:
-        """Write ``privacy.json``; looks that an earlier one lists stay listed."""
+        """Write ``privacy.json``; looks and further queries that an earlier one lists stay listed."""
         if self.privacy_path.is_file():
-            looks = self.statement().get("unaccounted_looks", [])
+            before = self.statement()
+            looks = before.get("unaccounted_looks", [])
             statement = statement | {"unaccounted_looks": looks}
+            for query in further_queries(before)[len(further_queries(statement)) :]:
+                statement = with_query(statement, query)
         write_atomically(self.privacy_path, json.dumps(statement, indent=2, allow_nan=False) + "\n")
 
     def statement(self) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def _publish(search: _Search, best: _Scored, choices: Choices, objective: str) -
     best.run.path.rename(run.path)
     # When the best run was begun would tell how many came before it.
     cfg = run.config()
-    cfg.started = search.query.started
+    cfg.started, cfg.run_dir = search.query.started, str(run.path)
     write_atomically(run.config_path, OmegaConf.to_yaml(cfg))
     run.write_statement(private_search.statement_of_best(run.statement()))
     write_privacy_page(run)

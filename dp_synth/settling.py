@@ -1,5 +1,7 @@
 """Closes the books of a killed run: what it reserved is lowered to what left output."""
 
+from pathlib import Path
+
 from dp_synth.checkpoints import resume_point
 from dp_synth.errors import UserError
 from dp_synth.privacy.accounting import SubsampledGaussian
@@ -20,7 +22,13 @@ def settle_run(run: Run, ledger: Ledger) -> dict[str, int]:
         UserError: the run is being trained, or the ledger holds no reservation of it.
     """
     with run.locked():
-        reserved = [one for one in held_of_run(run, ledger) if one.status == "reserved"]
+        # A copy of a run does not settle for the run, which may be training at this moment.
+        reserved = [
+            one
+            for one in held_of_run(run, ledger)
+            if one.status == "reserved"
+            and (one.query.run == str(run.path.resolve()) or not Path(one.query.run).exists())
+        ]
         if not reserved:
             raise UserError(
                 f"run={run.path} has nothing to settle: ledger.path={ledger.path} holds no "
@@ -42,7 +50,6 @@ def held_of_run(run: Run, ledger: Ledger) -> list[Held]:
 
     And by its path, unless it has moved since.
     """
-    started = str(run.config().get("started"))
-    same_start = [one for one in ledger.queries() if one.query.started == started]
+    same_start = [one for one in ledger.queries() if one.query.started == run.started]
     same_place = [one for one in same_start if one.query.run == str(run.path.resolve())]
     return same_place or same_start

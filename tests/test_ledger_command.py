@@ -378,7 +378,10 @@ def killed(run_copy, state, tmp_path):
     running = run_copy.statement() | {"status": "running", "steps_taken": None}
     run_copy.privacy_path.write_text(json.dumps(running))
     reserved = copy_of_ledger(
-        run_copy, state / "ledger.jsonl", tmp_path / "reserved.jsonl", lambda query: [query]
+        run_copy,
+        state / "ledger.jsonl",
+        tmp_path / "reserved.jsonl",
+        lambda query: [replace(query, run=str(run_copy.path.resolve()))],
     )
     shutil.rmtree(run_copy.model_dir)
     (run_copy.checkpoints_dir / "step=000003.ckpt").unlink()
@@ -431,3 +434,14 @@ def test_a_run_is_found_by_its_start_where_it_has_moved(run_copy, finished_run, 
     (found,) = held_of_run(run_copy, ledger)
     assert found.query.run == os.path.realpath(finished_run.path)
     assert held_of_run(finished_run, ledger) == [found]
+
+
+def test_a_copy_does_not_settle_for_the_run(command, run_copy, finished_run, tmp_path):
+    ledger = Ledger(tmp_path / "own.jsonl")
+    started = finished_run.started
+    ledger.reserve(replace(query(), run=os.path.realpath(finished_run.path), started=started))
+    outcome = command(
+        ledger_command, "settle", f"run={run_copy.path}", f"ledger.path={ledger.path}"
+    )
+    assert outcome.code == 2 and "nothing to settle" in outcome.err
+    assert [one.status for one in ledger.queries()] == ["reserved"]

@@ -1,6 +1,7 @@
 """A run that was stopped, killed or damaged goes on, and its eps is never less than what was spent."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dp_synth.errors import UserError
 from dp_synth.fitting import Interrupted, fit
 from dp_synth.privacy.callback import PrivacyEngineCallback
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.privacy.silence import StepFault
 from dp_synth.resuming import run_to_resume
 from dp_synth.runs import Run
 
@@ -429,3 +431,28 @@ def test_kill_9_in_mid_training_then_resume(command, tmp_path, cache):
     final = read(newest_first(run.checkpoints_dir)[0])
     history = final["callbacks"]["PrivacyEngineCallback"]["accountant"]["history"]
     assert history == [(statement["noise_multiplier"], statement["sample_rate"], 12)]
+
+
+def test_a_checkpoint_of_a_run_without_privacy_is_no_private_result(trainer_cfg, tmp_path):
+    """It has no accountant; no step is left that could find out."""
+    train_tiny(PUBLIC, trainer_cfg, tmp_path / "public")
+    with pytest.raises(StepFault, match=f"{STEPS} optimizer steps but 0 accounted"):
+        train_tiny(PLAN, trainer_cfg, tmp_path, resume=newest_first(tmp_path / "public")[0])
+
+
+@pytest.mark.parametrize("remains", ["checkpoints", "model", "local"])
+def test_a_new_run_takes_nothing_of_another(remains, tmp_path):
+    (tmp_path / remains).mkdir()
+    assert f"{remains} of another run" in refusal(Run.refuse_taken, tmp_path)
+
+
+def test_checkpoints_that_were_removed_are_not_forgotten(command, stopped_run):
+    assert stopped_run.statement()["status"] == "interrupted"
+    shutil.rmtree(stopped_run.checkpoints_dir)
+    outcome = command(train, f"run={stopped_run.path}", "resume=true")
+    assert outcome.code == 2 and "the ledger knows of" in outcome.err
+
+
+def test_a_smaller_budget_holds_for_the_next_sitting(command, stopped_run):
+    outcome = command(train, f"run={stopped_run.path}", "resume=true", "ledger.max_eps=0.1")
+    assert outcome.code == 2 and "ledger.max_eps=0.1 is not kept" in outcome.err

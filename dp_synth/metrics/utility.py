@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -210,7 +211,8 @@ class Utility:
     def _add_dp_classifier(
         self, evidence: Evidence, metrics: Metrics, trainer: PrivateClassifier, run: PrivacyPlan
     ) -> None:
-        plan = trainer.plan(run)
+        # The run's own N counts the canaries of an audit, too.
+        plan = trainer.plan(replace(run, num_examples=evidence.real_train.num_examples))
         query = query_entry(
             "dp_sgd_classifier",
             plan.mechanisms()["dp_sgd"],

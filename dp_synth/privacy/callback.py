@@ -146,6 +146,14 @@ class PrivacyEngineCallback(Callback):
         assert isinstance(optimizer, NoisingOptimizer)
         optimizer.begin_step(pl_module.randomness, self.steps_taken, pl_module.device)
 
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuse a result whose steps the accountant has not seen: another run's checkpoint."""
+        if trainer.global_step != self.steps_taken:
+            raise StepFault(
+                f"{trainer.global_step} optimizer steps but {self.steps_taken} accounted ones; the "
+                "result is refused, since its eps would be wrong"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The plan and the accountant, for the checkpoint."""
         return {"plan": self.plan.to_dict(), "accountant": self.accountant.state_dict()}

@@ -137,6 +137,11 @@ def with_query(statement: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[s
     return {**statement, "queries": queries, "eps_all_queries": everything.eps}
 
 
+def further_queries(statement: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The queries whose output is no part of the model, in the order in which they were entered."""
+    return [query for query in statement.get("queries", []) if query["query"] not in OF_THE_MODEL]
+
+
 def mechanism_of(entry: Mapping[str, Any]) -> Mechanism:
     """What an entry of ``queries`` says of its mechanism.
 

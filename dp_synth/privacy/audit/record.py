@@ -63,6 +63,7 @@ def write_record(
         ),
     }
     write_atomically(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    path.chmod(0o600)
     return record
 
 

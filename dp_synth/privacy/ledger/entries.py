@@ -61,12 +61,14 @@ class Held:
         status: "reserved" (the whole plan counts), "settled" (what was done counts), "unused" (it
             never read private data, and counts for nothing) or "look" (no finite eps).
         written: ISO time of its first entry.
+        least: the most steps that it was ever settled at: no settlement goes below.
     """
 
     query: Query
     planned: Mechanism | None
     status: Status
     written: str
+    least: int = 0
 
     def settled(self, steps_taken: int) -> "Held":
         """The same, lowered to what was done; never below what an earlier settlement says.
@@ -85,12 +87,11 @@ class Held:
                 f"{self.query.query}: {steps_taken} steps were taken and {self.planned.steps} were "
                 "reserved"
             )
-        if self.status == "settled":
-            assert isinstance(self.query.mechanism, SubsampledGaussian)
-            steps_taken = max(steps_taken, self.query.mechanism.steps)
+        steps_taken = max(steps_taken, self.least)
         mechanism = replace(self.planned, steps=steps_taken)
         status: Status = "settled" if steps_taken else "unused"
-        return replace(self, query=replace(self.query, mechanism=mechanism), status=status)
+        query = replace(self.query, mechanism=mechanism)
+        return replace(self, query=query, status=status, least=steps_taken)
 
     def reserved(self, query: Query) -> "Held":
         """The same, raised to what ``query`` asks for.
@@ -107,7 +108,7 @@ class Held:
                 "mechanism; a run goes on under the plan that it began with."
             )
         first = reserved(query)
-        return replace(first, written=self.written)
+        return replace(first, written=self.written, least=self.least)
 
     def to_entry(self) -> Entry:
         """JSON values for the file."""
@@ -149,6 +150,7 @@ def held(entries: Iterable[Entry]) -> dict[Key, Held]:
             planned=query.mechanism if before is None or is_first else before.planned,
             status=status,
             written=written if before is None else before.written,
+            least=max(_steps(query) if status == "settled" else 0, before.least if before else 0),
         )
     return found
 
