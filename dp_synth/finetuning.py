@@ -8,6 +8,7 @@ from dp_synth.books import Books
 from dp_synth.building import build_module, is_on, load_images
 from dp_synth.checkpoints import (
     PeriodicCheckpoint,
+    Progress,
     resume_point,
     write_progress,
 )
@@ -42,29 +43,39 @@ def first_look(
         UserError: the budget of the ledger or of the plan does not hold the run; or an image
             cannot be read.
     """
-    _, progress = resume_point(run.checkpoints_dir)
-    plan = plan.after_abandoning(progress.abandoned)
     books = Books(run, cfg)
+    reserved = False
+    try:
+        _, progress = resume_point(run.checkpoints_dir)
+        plan = plan.after_abandoning(progress.abandoned)
+        if not run.has_model():
+            _refuse_forgotten(run, books, plan, progress)
+            books.reserve(plan)
+            reserved = True
+        images = load_images(cfg, split="train")
+        if is_on(cfg.sampler) and is_on(cfg.evaluator) and reads_private_images(cfg):
+            check_test_images(cfg)
+    except Exception:  # whatever it is: Hydra wraps a UserError in one of its own
+        if reserved and cfg.resume:
+            books.settle(plan, progress.steps)
+        elif reserved:
+            books.cancel(plan)
+        if not cfg.resume:
+            run.discard()
+        raise
+    return plan, images
+
+
+def _refuse_forgotten(
+    run: Run, books: Books, plan: PrivacyPlan | PublicPlan, progress: Progress
+) -> None:
+    """UserError where files are gone without which a run would spend eps that nobody counts."""
     books.refuse_forgotten(progress)
     if progress.steps and plan.label_histogram_noise_multiplier and run.label_shares() is None:
         raise UserError(
             f"{run.label_shares_path} is missing; to ask again would spend its eps twice, so "
             "restore it or start a new run."
         )
-    try:
-        if not run.has_model():
-            books.reserve(plan)
-        images = load_images(cfg, split="train")
-        if is_on(cfg.sampler) and is_on(cfg.evaluator) and reads_private_images(cfg):
-            check_test_images(cfg)
-    except Exception:  # whatever it is: Hydra wraps a UserError in one of its own
-        if not cfg.resume:
-            books.cancel(plan)
-            run.discard()
-        elif not run.has_model():
-            books.settle(plan, progress.steps)
-        raise
-    return plan, images
 
 
 def fine_tune(

@@ -75,11 +75,31 @@ class PublicProgress(_Progress):
         self.bar.update()
 
 
-class PrivateProgress(_Progress):
-    """Steps and eps of private training: functions of the plan and the step number alone.
+def private_bar(caption: str, steps: int, taken: int = 0) -> tqdm:
+    """A bar of private steps, drawn past the gate, without a rate.
 
     Redrawn every so many steps and never by the clock, since which steps a log shows would tell
     how long they took, and so how large their batches were.
+
+    Args:
+        caption: what is being trained.
+        steps: all of them.
+        taken: those of earlier sittings.
+    """
+    return tqdm(
+        total=steps,
+        initial=taken,
+        desc=caption,
+        bar_format=_PRIVATE_FORMAT,
+        file=screen(),
+        miniters=max(1, steps // 50),
+        mininterval=0,
+        maxinterval=float("inf"),
+    )
+
+
+class PrivateProgress(_Progress):
+    """Steps and eps of private training: functions of the plan and the step number alone.
 
     Args:
         caption: what is being trained.
@@ -99,16 +119,7 @@ class PrivateProgress(_Progress):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Open the bar, at the steps already taken in a resumed run."""
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            desc=self.caption,
-            bar_format=_PRIVATE_FORMAT,
-            file=screen(),
-            miniters=max(1, trainer.max_steps // 50),
-            mininterval=0,
-            maxinterval=float("inf"),
-        )
+        self.bar = private_bar(self.caption, trainer.max_steps, trainer.global_step)
 
     def on_train_batch_end(
         self,

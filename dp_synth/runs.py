@@ -64,7 +64,7 @@ class Run:
 
     @classmethod
     def refuse_taken(cls, path: str | Path) -> None:
-        """UserError where a directory already holds a run."""
+        """UserError where a directory already holds a run, or what is left of one."""
         run = cls(path)
         if run.config_path.exists():
             raise UserError(
@@ -167,6 +167,7 @@ class Run:
             before = self.statement()
             looks = before.get("unaccounted_looks", [])
             statement = statement | {"unaccounted_looks": looks}
+            # A statement of the plan alone has none of them; one that was read and extended, all.
             for query in further_queries(before)[len(further_queries(statement)) :]:
                 statement = with_query(statement, query)
         write_atomically(self.privacy_path, json.dumps(statement, indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,7 @@
 """``-m hparams_search=private``: many runs under one reservation, of which the best alone is kept."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -306,10 +307,18 @@ def _publish(search: _Search, best: _Scored, choices: Choices, objective: str) -
     log_run(run, cfg.logger)
     record = _record(search, best, choices, objective)
     write_atomically(search.directory / _RECORD, json.dumps(record, indent=2) + "\n")
+    _date(run.path, search.query.started)
     print(
         f"\nSearch     {eps_at_delta(record['eps'], record['delta'])} for the best run alone "
         f"({shown(search.directory / _RECORD)})\nBest run   {shown(run.path)}"
     )
+
+
+def _date(directory: Path, started: str) -> None:
+    """Date all files at the search's start: their own times tell how many runs it made."""
+    seconds = datetime.fromisoformat(started).timestamp()
+    for path in [directory, *directory.rglob("*")]:
+        os.utime(path, (seconds, seconds), follow_symlinks=False)
 
 
 def _record(search: _Search, best: _Scored, choices: Choices, objective: str) -> dict[str, Any]:

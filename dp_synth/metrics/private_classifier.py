@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dp_synth.checks import count, fraction, positive, whole
 from dp_synth.data.images import Images
@@ -23,11 +23,12 @@ from dp_synth.privacy.clipping.loss import RowLoss
 from dp_synth.privacy.optimizer import NoisingOptimizer
 from dp_synth.privacy.plan import PrivacyPlan
 from dp_synth.privacy.randomness import Randomness
+from dp_synth.privacy.silence import silently
 from dp_synth.privacy.units import spread
+from dp_synth.progress import private_bar
 
 _KEY = "evaluator.utility.dp_classifier"
 _CHECKED_EXAMPLES = 5  # of the engine's self-check
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}|"  # no rate: a step's time follows its private batch
 
 
 class PrivateClassifier:
@@ -101,6 +102,7 @@ class PrivateClassifier:
         flip: bool = False,
         seed: int,
         caption: str = "classifier: DP-SGD",
+        local_dir: Path | None = None,
     ) -> Classifier:
         """Return the classifier, in evaluation mode, after exactly ``plan.steps`` noisy updates.
 
@@ -113,10 +115,12 @@ class PrivateClassifier:
             flip: whether half of the views are mirrored.
             seed: fixes the initial weights alone.
             caption: text of the progress bar.
+            local_dir: where what goes wrong is kept; see ``silence.silently``.
 
         Raises:
             ValueError: the plan is for another number of examples.
             UserError: a network that mixes examples, or that the engine gets wrong.
+            Withheld: any other error of the training itself.
         """
         if images.num_examples != plan.num_examples:
             raise ValueError(
@@ -127,7 +131,7 @@ class PrivateClassifier:
         with seeded(seed, self.device):
             # Evaluation mode throughout: dropout would draw from a generator that is no secret.
             net = build(self.network, images).to(self.device).eval()
-            self._fit(net, images, plan, flip, seed, caption)
+            silently(lambda: self._fit(net, images, plan, flip, seed, caption), local_dir)
         return net
 
     def _fit(
@@ -146,10 +150,8 @@ class PrivateClassifier:
         ema = EMAModel(net.parameters(), decay=self.ema_decay)
         randomness = plan.randomness(seed)
         batches = ImageDataModule(images, lambda _: plan.batches(randomness)).train_dataloader()
-        bar = tqdm(
-            batches, total=plan.steps, desc=caption, leave=False, disable=None, bar_format=_FORMAT
-        )
-        for step, batch in enumerate(bar):
+        bar = private_bar(caption, plan.steps)
+        for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - step / plan.steps)
             rows = self._rows(batch, randomness, step, flip)
@@ -158,6 +160,8 @@ class PrivateClassifier:
             optimizer.begin_step(randomness, step, self.device)
             optimizer.step()
             ema.step(net.parameters())
+            bar.update()
+        bar.close()
         engine.remove()
         ema.copy_to(net.parameters())
 

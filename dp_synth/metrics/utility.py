@@ -222,7 +222,13 @@ class Utility:
             "synthetic data, by whoever publishes the accuracy or the classifier.",
         )
         evidence.record_query(query)
-        model = trainer.train(evidence.real_train, plan, flip=evidence.flip, seed=evidence.seed)
+        model = trainer.train(
+            evidence.real_train,
+            plan,
+            flip=evidence.flip,
+            seed=evidence.seed,
+            local_dir=evidence.local_dir,
+        )
         metrics.add_estimate(
             "utility/accuracy.dp_classifier",
             accuracy(predict(model, evidence.real_test), evidence.real_test),
