@@ -17,9 +17,9 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from dp_synth.diffusion import RowLoss
 from dp_synth.privacy.clipping import ClippingEngine
 from dp_synth.privacy.clipping.tuning import timings_file
+from dp_synth.process import RowLoss
 
 Run = Callable[[Rows, int], None]
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dp_synth.diffusion import Diffusion, RowLoss, TimestepLaw
+from dp_synth.diffusion import Diffusion
 from dp_synth.networks import unet
+from dp_synth.process import RowLoss
+from dp_synth.timestep_law import TimestepLaw
 
 NUM_CLASSES = 10
 
@@ -78,7 +80,7 @@ NETWORKS = {
 
 def row_loss(net: nn.Module, bf16: bool) -> RowLoss:
     """The training loss of each row; under bfloat16 autocast if asked."""
-    loss = Diffusion("v_prediction", TimestepLaw([0, 1000], [1.0])).row_loss(net)
+    loss = Diffusion("v", TimestepLaw([0, 1000], [1.0])).row_loss(net)
 
     def autocast_loss(x0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x0.device.type, dtype=torch.bfloat16):

@@ -7,13 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.checks import count, flag, fraction, positive, whole
 from dp_synth.data.images import Images
-from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.fitting import build_trainer
 from dp_synth.module import DiffusionModule
 from dp_synth.networks import Trainable, choose_trainable
 from dp_synth.privacy.optimizer import NoisingOptimizer
 from dp_synth.privacy.plan import PrivacyPlan, PublicPlan
+from dp_synth.process import Process
 
 _FLAGS = (
     "dataset.flip",
@@ -125,7 +125,7 @@ def build_module(
     )
 
 
-def build_diffusion(cfg: DictConfig) -> Diffusion:
+def build_diffusion(cfg: DictConfig) -> Process:
     """The diffusion process of ``model.diffusion``."""
     return instantiate(cfg.model.diffusion)
 

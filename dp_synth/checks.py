@@ -15,6 +15,14 @@ def positive(key: str, value: Any) -> float:
     return number
 
 
+def finite(key: str, value: Any) -> float:
+    """The value as a float; UserError unless it is a finite number."""
+    number = _number(value)
+    if not math.isfinite(number):
+        raise UserError(f"{key}={value!r} must be a finite number.")
+    return number
+
+
 def not_negative(key: str, value: Any) -> float:
     """The value as a float; UserError unless it is a finite number, 0 or more."""
     number = _number(value)

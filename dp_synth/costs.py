@@ -155,8 +155,7 @@ def _hours_of_sampling(cfg: DictConfig, module: DiffusionModule) -> float:
     denoise = module.diffusion.denoiser(module.net, batch.labels)
     x, _, t, _ = module.draw_rows(batch, step=0)
     seconds = _seconds(lambda: denoise(x[:count], t[:count]))
-    calls = sampler.steps * (2 if sampler.guidance else 1)
-    return seconds / count * sampler.num_images * calls / 3600
+    return seconds / count * sampler.num_images * sampler.network_calls / 3600
 
 
 def _random_batch(cfg: DictConfig, examples: int, device: torch.device) -> Batch:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dp_synth.data.module import Batch
 from dp_synth.data.pixels import to_float
-from dp_synth.diffusion import Diffusion, RowLoss
 from dp_synth.privacy.randomness import Randomness
 from dp_synth.privacy.units import spread
+from dp_synth.process import Process, RowLoss
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -72,7 +72,7 @@ class DiffusionModule(lightning.LightningModule):
     def __init__(
         self,
         net: UNet2DModel,
-        diffusion: Diffusion,
+        diffusion: Process,
         optimizer: MakeOptimizer,
         randomness: Randomness,
         multiplicity: int,
@@ -116,8 +116,8 @@ class DiffusionModule(lightning.LightningModule):
             step: the step, from 0; repeatable randomness is keyed by it.
 
         Returns:
-            x0 [K*B,C,H,W], noise [K*B,C,H,W], t int64 [K*B], y int64 [K*B]; row k * B + i is
-            draw k of example i.
+            x0 [K*B,C,H,W], noise [K*B,C,H,W], t [K*B] (see ``Process.draw_t``), y int64 [K*B];
+            row k * B + i is draw k of example i.
         """
         k = self.multiplicity
         draws = self.randomness.rows(step, batch.indices, k, self.device)
@@ -128,7 +128,7 @@ class DiffusionModule(lightning.LightningModule):
             # some batches would tie the later draws of a unit to its companions.
             image = spread(batch.counts, k, draws.uniform())
             x0, y = to_float(batch.pixels[image]), batch.labels[image]
-        t = self.diffusion.timestep_law(draws.uniform())
+        t = self.diffusion.draw_t(draws.uniform())
         noise = draws.normal(tuple(x0.shape[1:]))
         y = torch.where(draws.uniform() < self.label_dropout, self.no_label, y)
         if self.flip:

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 from dp_synth.checks import count
 from dp_synth.diffusers_folder import DiffusersFolder
-from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.guided_diffusion import GuidedDiffusionWeights
 from dp_synth.networks import predicts_variance, refuse_unless_halved
+from dp_synth.process import Process
+from dp_synth.published_process import refuse_other_process
 
 
 class PublishedModel:
@@ -87,48 +87,14 @@ class PublishedModel:
             )
         return net, classes
 
-    def refuse_other_process(self, diffusion: Diffusion) -> None:
+    def refuse_other_process(self, process: Process) -> None:
         """UserError unless the model was trained for this diffusion process.
 
-        What the network predicts, and how noisy each timestep is, must agree. Whatever else a
-        scheduler's config says (variance, clipping, spacing) is about sampling alone. A model that
-        comes without a scheduler, as weights alone do, is taken at the user's word.
+        A model that comes without a scheduler, as weights alone do, is taken at the user's word.
         """
         schedule = self.source.schedule()
-        if schedule is None:
-            return
-        theirs, ours = self._discrete(schedule), diffusion.schedule
-        if theirs.config.num_train_timesteps != ours.config.num_train_timesteps:
-            raise UserError(
-                f"public.path={self.path} was trained with {theirs.config.num_train_timesteps} "
-                f"timesteps: model.diffusion.timestep_law.bounds must end with that number."
-            )
-        keys = {"prediction": "prediction_type", "beta_schedule": "beta_schedule"}
-        wrong = {
-            key: theirs.config[name]
-            for key, name in keys.items()
-            if theirs.config[name] != ours.config[name]
-        }
-        if wrong:
-            settings = " ".join(f"model.diffusion.{key}={value}" for key, value in wrong.items())
-            raise UserError(f"public.path={self.path} was trained otherwise: set {settings}.")
-        if not torch.allclose(theirs.alphas_cumprod, ours.alphas_cumprod, rtol=1e-4):
-            raise UserError(
-                f"public.path={self.path} was trained with other betas than diffusers has for "
-                f"{theirs.config.beta_schedule}; only those are supported."
-            )
-
-    def _discrete(self, schedule: dict[str, Any]) -> DDPMScheduler:
-        """The schedule that a scheduler of any class was given, as that of DDPM's."""
-        try:
-            if "beta_schedule" in schedule:
-                return DDPMScheduler.from_config(schedule)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            pass
-        raise UserError(
-            f"public.path={self.path} was trained for {schedule.get('_class_name')} with a noise "
-            "schedule that DDPMScheduler does not have; a model that was trained for it would work."
-        )
+        if schedule is not None:
+            refuse_other_process(self.path, schedule, process)
 
     def _refuse_unusable(self, architecture: dict[str, Any], channels: int) -> None:
         if architecture["in_channels"] != channels:

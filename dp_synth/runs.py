@@ -16,10 +16,10 @@ from yaml import YAMLError
 
 from dp_synth.data.folder import write_image_folder
 from dp_synth.data.images import Images
-from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
 from dp_synth.privacy.statement import further_queries, with_query
+from dp_synth.process import Process
 from dp_synth.versions import versions
 
 # What a stored config may have called; it may come from elsewhere with its run.
@@ -210,7 +210,7 @@ class Run:
         path = self.label_shares_path
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def save_model(self, net: UNet2DModel, diffusion: Diffusion, classes: tuple[str, ...]) -> None:
+    def save_model(self, net: UNet2DModel, diffusion: Process, classes: tuple[str, ...]) -> None:
         """Write ``model/`` so that both a network and a pipeline of diffusers open it.
 
         ``UNet2DModel.from_pretrained`` wants the weights in the directory itself,
@@ -221,7 +221,7 @@ class Run:
             raise RuntimeError(f"{self.model_dir} exists; a model is never replaced")
         staging = self.path / ".model.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        DDPMPipeline(net, diffusion.schedule).save_pretrained(staging)
+        DDPMPipeline(net, diffusion.pipeline_scheduler()).save_pretrained(staging)
         for file in (staging / "unet").iterdir():
             try:
                 os.link(file, staging / file.name)

@@ -16,7 +16,7 @@ from dp_synth.data.images import Images
 from dp_synth.errors import UserError
 from dp_synth.metrics.classifiers import default_device
 from dp_synth.runs import Run, write_samples
-from dp_synth.samplers import Sampler
+from dp_synth.sampling import Sampler
 
 # Public images shown in the report, per class.
 _EXAMPLES_PER_CLASS = 10

@@ -15,9 +15,10 @@ from conftest import Recorder, compose
 from torch import nn
 
 from dp_synth.data.images import Images
-from dp_synth.diffusion import Diffusion, TimestepLaw
+from dp_synth.diffusion import Diffusion
 from dp_synth.fitting import fit
 from dp_synth.module import DiffusionModule
+from dp_synth.timestep_law import TimestepLaw
 
 SIDE = 2  # of an image
 PUBLIC_SEED = 5
@@ -77,7 +78,7 @@ def watch(plan, images, randomness=None):
     net = RowPerClass(len(images.classes))
     module = DiffusionModule(
         net=net,
-        diffusion=Diffusion("sample", TimestepLaw([0, 50], [1.0])),
+        diffusion=Diffusion("x0", TimestepLaw([0, 50], [1.0])),
         optimizer=recorder,
         randomness=plan.randomness(PUBLIC_SEED) if randomness is None else randomness,
         multiplicity=plan.multiplicity,

@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 
 from dp_synth.cli import conf_dir
 from dp_synth.data.images import Images
-from dp_synth.diffusion import Diffusion, TimestepLaw
+from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.module import DiffusionModule
 from dp_synth.networks import unet
 from dp_synth.runs import Run, default_run_dir
+from dp_synth.timestep_law import TimestepLaw
 
 torch.set_num_threads(1)
 
@@ -148,7 +149,7 @@ def tiny_net(seed=0, num_classes=3, **architecture):
     return unet((1, 4, 4), num_classes, **(options | architecture))
 
 
-def tiny_diffusion(prediction="v_prediction", timesteps=50):
+def tiny_diffusion(prediction="v", timesteps=50):
     """A diffusion with few timesteps."""
     return Diffusion(prediction, TimestepLaw([0, 3, timesteps], [0.1, 0.9]))
 

@@ -97,7 +97,10 @@ def test_a_mistake_in_the_command_line(command, unread, tmp_path, overrides, wor
         (["seed=abc"], ["seed='abc'", "whole number"]),
         (["+privacy.foo=1"], ["privacy.foo", "--help"]),
         (["model.trainable=some"], ["model.trainable=some", "attention"]),
-        (["model.diffusion.prediction=x0"], ["model.diffusion.prediction='x0'", "v_prediction"]),
+        (
+            ["model.diffusion.prediction=epsilon"],
+            ["model.diffusion.prediction='epsilon'", "eps or v or x0"],
+        ),
         (["model.diffusion.timestep_law.weights=[1]"], ["timestep_law.bounds", "weights"]),
         (
             ["model.network.block_out_channels=[8,8,8,8,8]"],

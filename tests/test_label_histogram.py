@@ -14,7 +14,7 @@ from dp_synth.privacy.label_histogram import SENSITIVITY, label_histogram, noise
 from dp_synth.privacy.noise import GeneratorNoise
 from dp_synth.privacy.plan import PrivacyPlan
 from dp_synth.runs import Run
-from dp_synth.samplers import apportion
+from dp_synth.sampling.labels import apportion
 
 PLAN = PrivacyPlan(eps=2, delta=1e-3, max_grad_norm=1, batch_size=7, steps=11, num_examples=101)
 CLASSES = ("a", "b", "c", "d", "e")

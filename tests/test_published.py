@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 from dp_synth import plan, train
 from dp_synth.building import build_diffusion, build_network
 from dp_synth.data.folder import read_image_folder
-from dp_synth.diffusion import Diffusion, TimestepLaw
+from dp_synth.diffusion import Diffusion
 from dp_synth.errors import UserError
 from dp_synth.networks import carry_over
 from dp_synth.pretraining import is_cached, load_public
 from dp_synth.published import PublishedModel
 from dp_synth.runs import Run
+from dp_synth.timestep_law import TimestepLaw
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +142,7 @@ def test_the_hub_is_asked_once(publish, tmp_path, monkeypatch):
     assert torch.equal(weights_of(net), weights_of(published_net()))
 
 
-def process(prediction="epsilon", beta_schedule="linear", timesteps=1000):
+def process(prediction="eps", beta_schedule="linear", timesteps=1000):
     return Diffusion(prediction, TimestepLaw([0, timesteps], [1.0]), beta_schedule)
 
 
@@ -307,7 +308,7 @@ def test_the_width_of_heads_is_a_number(value, tmp_path):
         (DDIMScheduler(timestep_spacing="trailing"), {}),
         (
             DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
-            {"prediction": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+            {"prediction": "v", "beta_schedule": "squaredcos_cap_v2"},
         ),
     ],
 )
@@ -316,16 +317,16 @@ def test_the_process_that_it_was_trained_for_is_accepted(trained, settings, tmp_
     model.refuse_other_process(process(**settings))
     assert model.source.schedule() is not None
     shutil.rmtree(tmp_path / "model" / "scheduler")
-    model.refuse_other_process(process("sample"))  # at the user's word
+    model.refuse_other_process(process("x0"))  # at the user's word
 
 
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
-        ({"prediction_type": "v_prediction"}, r"set model\.diffusion\.prediction=v_prediction\."),
+        ({"prediction_type": "v_prediction"}, r"set model\.diffusion\.prediction=v\."),
         (
             {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
-            r"prediction=sample model\.diffusion\.beta_schedule=squaredcos_cap_v2\.",
+            r"prediction=x0 model\.diffusion\.beta_schedule=squaredcos_cap_v2\.",
         ),
         ({"num_train_timesteps": 4000}, r"4000 timesteps: model\.diffusion\.timestep_law\.bounds"),
         ({"beta_end": 0.012}, "other betas"),
@@ -365,7 +366,7 @@ def test_the_option_replaces_network_and_process(more, tmp_path):
     OmegaConf.resolve(cfg)
     net = build_network(cfg, (1, 8, 8), 10)
     assert net.config.downsample_padding == 0 and net.config.num_class_embeds == 11
-    assert build_diffusion(cfg).prediction == "epsilon"
+    assert build_diffusion(cfg).prediction == "eps"
     instantiate(cfg.public.checkpoint).refuse_other_process(build_diffusion(cfg))
     assert is_cached(cfg) and load_public(cfg) is None
 
@@ -392,7 +393,7 @@ def test_a_run_is_refused_before_any_image_is_read(command, tmp_path):
     for arguments, message in [
         (("public.path=null",), "public.path names no model"),
         ((f"public.path={tmp_path}",), "is neither a folder"),
-        ((f"public.path={path}", "model.diffusion.prediction=sample"), "prediction=epsilon"),
+        ((f"public.path={path}", "model.diffusion.prediction=x0"), "prediction=eps"),
     ]:
         outcome = command(train, "public=checkpoint", *arguments, f"run_dir={tmp_path / 'run'}")
         assert outcome.code == 2 and message in outcome.err and "Traceback" not in outcome.err

@@ -382,7 +382,7 @@ def test_a_finished_run_is_not_trained_again(command, run_copy, monkeypatch):
         raise AssertionError("trained, sampled or evaluated again")
 
     monkeypatch.setattr(finetuning, "fit", no_more)
-    monkeypatch.setattr("dp_synth.samplers.Sampler.__call__", no_more)
+    monkeypatch.setattr("dp_synth.sampling.Sampler.__call__", no_more)
     monkeypatch.setattr(train, "evaluate_run", no_more)
     before = files_below(run_copy.path)
     assert command(train, f"run={run_copy.path}", "resume=true").code == 0

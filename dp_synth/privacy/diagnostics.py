@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dp_synth.data.journal import open_private
-from dp_synth.diffusion import RowLoss
 from dp_synth.module import DiffusionModule
 from dp_synth.privacy.clipping.choice import Engine
 from dp_synth.privacy.silence import make_local
+from dp_synth.process import RowLoss
 
 _FIELDS = (
     "step",

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
-from dp_synth.diffusion import Diffusion
 from dp_synth.privacy.audit.one_run import Scores
+from dp_synth.process import Process
 
 _ROWS = 512  # of one forward
 
 
 @torch.no_grad()
 def mean_losses(
-    net: UNet2DModel, diffusion: Diffusion, images: Images, draws: int, seed: int = 0
+    net: UNet2DModel, diffusion: Process, images: Images, draws: int, seed: int = 0
 ) -> Scores:
     """The training loss of each image under its label, averaged over draws of t and noise: [N].
 
@@ -32,7 +32,7 @@ def mean_losses(
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
-    timesteps = diffusion.timestep_law(uniforms)
+    timesteps = diffusion.draw_t(uniforms)
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
     row_loss = diffusion.row_loss(net)
