@@ -9,9 +9,9 @@ from dp_synth.books import Books
 from dp_synth.building import build_diffusion, is_on, load_images
 from dp_synth.checks import count, whole
 from dp_synth.cli import command
-from dp_synth.data.folder import read_image_folder
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
+from dp_synth.formats.reading import read_samples
 from dp_synth.metrics.evidence import subset
 from dp_synth.pretraining import load_public
 from dp_synth.privacy.audit.canary_audit import checked_confidence
@@ -108,8 +108,8 @@ def _memorization(
         return None
     before = run.public_only_dir
     metrics, _ = instantiate(cfg.evaluator)(
-        synthetic=read_image_folder(run.samples_dir),
-        public_only=read_image_folder(before) if before.is_dir() else None,
+        synthetic=read_samples(run.samples_dir),
+        public_only=read_samples(before) if before.is_dir() else None,
         real_train=train,
         real_test=held_out,
         other_tests={},

@@ -10,8 +10,8 @@ from dp_synth.books import Books
 from dp_synth.building import is_on, load_images
 from dp_synth.checks import whole
 from dp_synth.cli import command
-from dp_synth.data.folder import read_image_folder
 from dp_synth.errors import UserError
+from dp_synth.formats.reading import read_samples
 from dp_synth.loggers.choice import log_run
 from dp_synth.pretraining import load_public
 from dp_synth.runs import Run
@@ -42,7 +42,7 @@ def evaluate_run(run: Run, cfg: DictConfig, samples: Path | None = None) -> dict
         metrics, meta = _compared_with_private(run, cfg, samples)
     else:
         metrics, meta = instantiate(cfg.evaluator)(
-            synthetic=read_image_folder(samples),
+            synthetic=read_samples(samples),
             flip=OmegaConf.select(own, "dataset.flip", default=False),
             seed=cfg.seed,
         )
@@ -71,10 +71,8 @@ def _compared_with_private(
     )
     plan = instantiate(own.privacy)
     return instantiate(cfg.evaluator)(
-        synthetic=read_image_folder(samples),
-        public_only=(
-            read_image_folder(run.public_only_dir) if run.public_only_dir.is_dir() else None
-        ),
+        synthetic=read_samples(samples),
+        public_only=(read_samples(run.public_only_dir) if run.public_only_dir.is_dir() else None),
         real_train=load_images(own, split="train"),
         real_test=load_images(own, split="test"),
         other_tests={split: load_images(own, split) for split in other_tests},

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from dp_synth.books import Books
 from dp_synth.building import build_module, is_on, load_images
+from dp_synth.cards import write_model_card
 from dp_synth.checkpoints import (
     PeriodicCheckpoint,
     Progress,
@@ -99,6 +100,7 @@ def fine_tune(
         public: images of which an audit makes canaries.
     """
     if run.has_model():
+        write_model_card(run)  # a kill may have come between the two
         return
 
     def state(steps_taken: int, status: str) -> None:
@@ -144,6 +146,7 @@ def fine_tune(
     state(plan.steps, status="finished")
     books.settle(plan, plan.steps)
     run.save_model(module.averaged_network(), module.diffusion, tuple(images.classes))
+    write_model_card(run)
 
 
 def _query_label_shares(

@@ -14,7 +14,9 @@ from dp_synth.reporting.pages import environment
 from dp_synth.runs import Run
 
 
-def report_runs(runs: list[Run], out: Path) -> None:
+def report_runs(
+    runs: list[Run], out: Path, *, released: bool = False, private_metrics: bool = True
+) -> None:
     """Write one self-contained page about ``runs``.
 
     The page loads nothing from anywhere and runs no script. It is made from the statements, the
@@ -24,6 +26,8 @@ def report_runs(runs: list[Run], out: Path) -> None:
     Args:
         runs: at least one.
         out: the page; replaced if it is there.
+        released: whether the page leaves the building: it then shows no image but of ``samples/``.
+        private_metrics: whether metrics that looked at private images are shown.
 
     Raises:
         UserError: no run is given, the folder of ``out`` does not exist, or a file of a run is
@@ -33,7 +37,9 @@ def report_runs(runs: list[Run], out: Path) -> None:
         raise UserError("runs=[] names no run; give runs=[DIR,...].")
     if not out.parent.is_dir():
         raise UserError(f"out={out} lies in no existing folder; make {out.parent} first.")
-    contents = [read_content(run) for run in runs]
+    contents = [
+        read_content(run, released=released, private_metrics=private_metrics) for run in runs
+    ]
     page = environment().get_template("page.html.j2")
     html = page.render(runs=contents, groups=compare(contents), version=__version__)
     write_atomically(out, html)

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DModel
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.building import build_diffusion, is_on
-from dp_synth.cards import sample_card
+from dp_synth.cards import read_facts, sample_card
 from dp_synth.checks import whole
 from dp_synth.cli import command
 from dp_synth.data.images import Images
@@ -17,42 +18,34 @@ from dp_synth.errors import UserError
 from dp_synth.metrics.classifiers import default_device
 from dp_synth.runs import Run, write_samples
 from dp_synth.sampling import Sampler
+from dp_synth.sampling.drawing import Source
+from dp_synth.sampling.execution import Execution
+from dp_synth.sampling.from_run import facts_of, label_shares, source_of
+from dp_synth.sampling.generation import generate
+from dp_synth.sampling.staging import CARD
+from dp_synth.sampling.workers import Worker, helpers, this_worker
 
 # Public images shown in the report, per class.
 _EXAMPLES_PER_CLASS = 10
 
 
-def sample_run(run: Run, cfg: DictConfig, sampler: Sampler, out: Path) -> Images | None:
-    """Draw a synthetic data set from the run's released model into ``out``.
+def sample_run(run: Run, cfg: DictConfig, sampler: Sampler, out: Path) -> None:
+    """Draw a synthetic data set from the run's released model into ``out``, which may be there.
 
-    Returns:
-        The data set, or None if ``out`` is there already: a resumed run does not draw again.
+    One that was stopped half-way is continued.
     """
-    if out.exists():
-        return None
-    net, classes = run.load_model()
-    shares = _label_shares(run, sampler, classes)
-    images = sampler(net, build_diffusion(run.config()), classes, seed=cfg.seed, shares=shares)
-    write_samples(images, out, sample_card(run, images))
-    return images
+    if not out.exists():
+        source = source_of(run, sampler, cfg.seed, default_device(None))
+        _draw(run, source, sampler, out, "sampling")
 
 
-def _label_shares(run: Run, sampler: Sampler, classes: Sequence[str]) -> list[float] | None:
-    """The share of each class among the samples, or None where all are the same.
+def _draw(run: Run, source: Source, sampler: Sampler, out: Path, what: str | None) -> bool:
+    """See ``generate``."""
 
-    Raises:
-        UserError: the sampler asks for shares that the run has not queried.
-    """
-    if sampler.labels == "uniform":
-        return None
-    shares = run.label_shares()
-    if shares is None:
-        raise UserError(
-            f"sampler.labels={sampler.labels} needs the noised histogram of labels, which "
-            f"run={run.path} has not asked for; train with privacy.label_histogram_eps=..., or "
-            "use sampler.labels=uniform."
-        )
-    return [shares[name] for name in classes]
+    def card(execution: Execution) -> str:
+        return sample_card(run, facts_of(source, sampler, execution))
+
+    return generate(out, source, sampler, card, what)
 
 
 def fresh_samples(run: Run) -> Callable[[int, int], Images] | None:
@@ -68,7 +61,7 @@ def fresh_samples(run: Run) -> Callable[[int, int], Images] | None:
     def draw(num_images: int, seed: int) -> Images:
         net, classes = model()
         sampler = instantiate(cfg.sampler, num_images=num_images)
-        shares = _label_shares(run, sampler, classes)
+        shares = label_shares(run, sampler, classes)
         net.to(default_device(None))
         return sampler(net, build_diffusion(cfg), classes, seed, what=None, shares=shares)
 
@@ -103,16 +96,41 @@ def first_of_each_class(images: Images, count: int) -> list[int]:
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    """Sample a finished run."""
+    """Sample a finished run, alone or as one of several processes."""
     run = Run.open(cfg.run)
     whole("seed", cfg.seed)
     if not is_on(cfg.sampler):
         raise UserError("sampler=none draws nothing; choose one, such as sampler=dpm_solver.")
+    worker = this_worker(cfg)
     out = Path(cfg.out) if cfg.out else run.next_samples_dir()
-    if out.exists():
+    if out.exists() and not worker.is_one_of_several:
         raise UserError(f"out={out} exists; a data set is never overwritten, choose another.")
-    sample_run(run, cfg, instantiate(cfg.sampler), out)
-    print(f"{cfg.sampler.num_images} images in {out}")
+    sampler = instantiate(cfg.sampler)
+    source = source_of(run, sampler, cfg.seed, worker.device)
+    if out.exists():
+        _refuse_other(out, source, sampler)
+        print(f"out={out} is finished already.")
+        return
+    what = "sampling" if worker.number == 0 else None
+    with helpers(cfg.devices, _help, OmegaConf.to_container(cfg, resolve=True), str(out)):
+        _draw(run, source, sampler, out, what)
+    print(f"{sampler.num_images} images in {out}")
+
+
+def _help(cfg: dict[str, Any], out: str, worker: Worker) -> None:
+    """Do what ``main`` does, in a process that it has started."""
+    run, sampler = Run.open(cfg["run"]), instantiate(cfg["sampler"])
+    source = source_of(run, sampler, cfg["seed"], worker.device)
+    _draw(run, source, sampler, Path(out), what=None)
+
+
+def _refuse_other(out: Path, source: Source, sampler: Sampler) -> None:
+    """UserError unless a finished data set is the one that this process would take part in."""
+    found = read_facts(out / CARD)
+    if facts_of(source, sampler, Execution(precision=found.precision)) != found:
+        raise UserError(
+            f"out={out} exists and is another data set; one is never overwritten, choose another."
+        )
 
 
 if __name__ == "__main__":

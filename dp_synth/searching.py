@@ -19,9 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.books import about, ledger_of
 from dp_synth.building import check_config, is_on
-from dp_synth.cards import sample_card
+from dp_synth.cards import rewrite_sample_card, write_model_card
 from dp_synth.checks import positive
-from dp_synth.data.folder import read_image_folder
 from dp_synth.declaration import declare
 from dp_synth.errors import UserError
 from dp_synth.files import write_atomically
@@ -301,8 +300,8 @@ def _publish(search: _Search, best: _Scored, choices: Choices, objective: str) -
     write_atomically(run.config_path, OmegaConf.to_yaml(cfg))
     run.write_statement(private_search.statement_of_best(run.statement()))
     write_privacy_page(run)
-    card = sample_card(run, read_image_folder(run.samples_dir))
-    write_atomically(run.samples_dir / "README.md", card)
+    write_model_card(run)
+    rewrite_sample_card(run, run.samples_dir)
     report_runs([run], run.report_path)
     log_run(run, cfg.logger)
     record = _record(search, best, choices, objective)

@@ -15,7 +15,8 @@ OPTIONS = sorted(
     for path in conf_dir().glob("*/*.yaml")
     if path.stem != "dp_sgd"  # the base of eps1, eps5 and eps10: it names no eps
 )
-COMMANDS = ("train", "plan", "sample", "evaluate", "report", "audit", "ledger")
+COMMANDS = ("train", "plan", "sample", "evaluate", "report", "audit", "ledger", "release",
+            "compare_samplers")  # fmt: skip
 # What an option asks of the user.
 ASKED = {
     "dataset=image_folder": (

@@ -6,7 +6,7 @@ import torch
 from conftest import compose, tiny_diffusion, tiny_net
 from hydra.utils import instantiate
 
-from dp_synth.sampling.streams import NUM_STREAMS, noise_streams
+from dp_synth.sampling.streams import NUM_STREAMS, noise_streams, stream_seeds
 
 STOCHASTIC = {
     "ddpm": ("sampler=ddpm",),
@@ -16,21 +16,22 @@ STOCHASTIC = {
 }
 
 
-def seeds_of(seed, indices):
-    """The seeds of some images' streams."""
-    return np.array([stream.initial_seed() for stream in noise_streams(seed, indices)])
-
-
 def test_no_two_images_of_a_seed_share_a_stream():
     # torch keeps 32 bits of a seed: a hash of the index cut to them would collide over 100 times.
-    chunks = [seeds_of(3, range(first, first + 10_000)) for first in range(0, 10**6, 10_000)]
-    seeds = np.concatenate(chunks)
+    seeds = np.array(stream_seeds(3, range(10**6)))
     assert seeds.min() >= 0 and seeds.max() < 2**32
     assert len(np.unique(seeds)) == 10**6
 
 
-def test_streams_scatter_over_all_seeds():
-    seeds = seeds_of(0, range(100_000))
+def test_streams_are_seeded_so():
+    indices = [0, 5, 10**6, NUM_STREAMS - 1]
+    streams = noise_streams(3, indices)
+    assert [stream.initial_seed() for stream in streams] == stream_seeds(3, indices)
+    assert all(stream.device.type == "cpu" for stream in streams)
+
+
+def test_consecutive_images_have_scattered_seeds():
+    seeds = np.array(stream_seeds(0, range(100_000)))
     counts = np.bincount(seeds >> 28, minlength=16)
     assert np.abs(counts / 6250 - 1).max() < 0.06
     assert abs(np.corrcoef(seeds[:-1], seeds[1:])[0, 1]) < 0.02
@@ -39,7 +40,7 @@ def test_streams_scatter_over_all_seeds():
 @pytest.mark.parametrize("other", [1, 2, 2**32, 2**64 + 1])
 def test_other_seeds_have_other_streams(other):
     """Two seeds share streams by chance alone: 20,000^2 / 2^32, which is 0.1."""
-    assert len(np.intersect1d(seeds_of(0, range(20_000)), seeds_of(other, range(20_000)))) <= 3
+    assert len(np.intersect1d(*(stream_seeds(seed, range(20_000)) for seed in (0, other)))) <= 3
 
 
 def test_the_ends_of_the_range_have_streams():
@@ -78,11 +79,11 @@ class Spy:
 def noise_of(choice, batches):
     """What each image [N] is shown at every call, where images are drawn in these batches."""
     sampler = instantiate(compose(*STOCHASTIC[choice], "sampler.steps=4").sampler)
-    shown = {}
+    net, shown = tiny_net(), {}
     for batch in batches:
         spy = Spy(tiny_diffusion())
         labels = torch.zeros(len(batch), dtype=torch.int64)
-        sampler.draw(tiny_net(), spy, labels, first=batch[0], seed=11)
+        sampler.draw(net, spy, labels, first=batch[0], seed=11)
         for i, index in enumerate(batch):
             shown[index] = torch.stack([x[i] for x in spy.shown])
     return shown

@@ -48,11 +48,15 @@ def test_the_run_directory_is_the_contracts(finished_run):
     }
 
 
-def test_samples_hold_class_folders_and_a_card_and_nothing_else(finished_run):
-    for directory in (finished_run.samples_dir, finished_run.public_only_dir):
-        assert {path.name for path in directory.iterdir()} == DIGITS | {"README.md"}
+def test_samples_hold_class_folders_and_their_papers_and_nothing_else(finished_run):
+    papers = {
+        finished_run.samples_dir: {"README.md", "SHA256SUMS"},
+        finished_run.public_only_dir: {"README.md"},
+    }
+    for directory, beside in papers.items():
+        assert {path.name for path in directory.iterdir()} == DIGITS | beside
         files = [path for path in directory.rglob("*") if path.is_file()]
-        assert len(files) == 40 + 1
+        assert len(files) == 40 + len(beside)
         for name in DIGITS:
             assert len(list((directory / name).glob("*.png"))) == 4
         for file in files:

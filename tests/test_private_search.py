@@ -12,11 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy import stats
 
-from dp_synth import train
+from dp_synth import searching, train
 from dp_synth.books import Books
+from dp_synth.cards import SampleFacts, sample_card
+from dp_synth.data.folder import write_image_folder
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_float
 from dp_synth.errors import UserError
+from dp_synth.formats import checksums
 from dp_synth.metrics.synthetic_evaluator import SYNTHETIC_VALIDATION, SyntheticEvaluator
 from dp_synth.privacy import private_search
 from dp_synth.privacy.accounting import composed
@@ -25,7 +28,7 @@ from dp_synth.privacy.plan import PrivacyPlan
 from dp_synth.privacy.wording import is_void
 from dp_synth.report import report_runs
 from dp_synth.reporting.officer import write_privacy_page
-from dp_synth.runs import Run, write_samples
+from dp_synth.runs import Run
 from dp_synth.verifying import verify_run
 
 PLAN = PrivacyPlan(
@@ -167,9 +170,19 @@ class Stub:
         run.write_statement(books.statement(plan, plan.steps, "finished"))
         books.settle(plan, plan.steps)
         self.scores.append([0.3, 0.1, 0.7, 0.7, 0.5][len(self.scores)])
-        write_samples(tiny_images(6), run.samples_dir, "void")
+        self.write_samples(run, tiny_images(6))
         run.write_metrics({SYNTHETIC_VALIDATION: self.scores[-1]}, {})
         return run
+
+    def write_samples(self, run, images):
+        """Write images as ``sample`` does."""
+        write_image_folder(images, run.samples_dir)
+        facts = SampleFacts(
+            num_images=len(images), shape=(1, 8, 8), classes=images.classes, format="png",
+            sampler={"name": "stub"}, seed=0, labels="uniform", model="0" * 64, precision="32-true",
+        )  # fmt: skip
+        (run.samples_dir / "README.md").write_text(sample_card(run, facts))
+        checksums.write(run.samples_dir)
 
 
 @pytest.fixture
@@ -177,6 +190,8 @@ def stub(monkeypatch, ledger):
     def put(**options):
         stub = Stub(ledger, **options)
         monkeypatch.setattr(train, "train", stub)
+        # There is no model that a card could describe.
+        monkeypatch.setattr(searching, "write_model_card", lambda run: None)
         return stub
 
     return put

@@ -35,14 +35,14 @@ LADDERS = [
 
 @pytest.mark.parametrize("process", LADDERS)
 def test_the_levels_are_those_of_the_schedule(process):
-    """Diffusers keeps betas in float32: below sigma = 0.01 that is good for two digits."""
+    """Diffusers keeps abar in float32: below sigma = 0.01 it has one or two digits of the level."""
     assert process.num_timesteps == process.schedule.config.num_train_timesteps
     sigma = process.sigma(torch.arange(process.num_timesteps), torch.float64)
     assert (sigma.diff() > 0).all()
     abar = process.schedule.alphas_cumprod.double()
     theirs = ((1 - abar) / abar).sqrt()
     torch.testing.assert_close(sigma[sigma > 0.01], theirs[sigma > 0.01], rtol=2e-3, atol=0)
-    torch.testing.assert_close(sigma, theirs, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(sigma, theirs, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("process", LADDERS)

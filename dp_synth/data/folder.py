@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Sequence
+from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,17 @@ def is_folder_name(name: str) -> bool:
     )
 
 
-def read_image_folder(root: Path | str) -> Images:
+def read_image_folder(root: Path | str, most: int | None = None) -> Images:
     """Read a folder with one subfolder per class, the inverse of ``write_image_folder``.
 
     Classes are the subfolders sorted by name; images come class by class, and may lie in deeper
     subfolders. What ``Source.walk`` passes over and files without an image's suffix do not count.
     All images must be of one size; they are grey if every file is, else all become RGB. Otherwise
     files are read as ``decoding.read_picture`` says.
+
+    Args:
+        root: the folder.
+        most: read no more images than so many, those whose files' names come first in number.
 
     Raises:
         UserError: no such folder, no image in a class folder, a class folder whose files are no
@@ -82,12 +87,21 @@ def read_image_folder(root: Path | str) -> Images:
     table = class_folders(source, list(source.walk()), "")
     # Classes without an image have a folder too.
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    labels, names = zip(*sorted(zip(table.labels, table.names, strict=True)), strict=True)
+    rows = sorted(zip(table.labels, table.names, strict=True))
+    if most is not None:
+        rows = nsmallest(most, rows, key=lambda row: _place(row[1]))
+    labels, names = zip(*rows, strict=True)
     return Images(
         pixels=_stack(source, names),
         labels=np.searchsorted(classes, labels),
         classes=tuple(classes),
     )
+
+
+def _place(name: str) -> tuple[int, str]:
+    """A key that sorts files by the number that is their name, also beyond six digits."""
+    base = os.path.basename(name)
+    return len(base), base
 
 
 def _stack(source: Folder, names: Sequence[str]) -> npt.NDArray[np.uint8]:

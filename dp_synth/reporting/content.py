@@ -1,5 +1,6 @@
 """What a report says about one run: plain values and sentences, ready for the template."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from markupsafe import Markup
 from omegaconf import DictConfig, OmegaConf
 
 from dp_synth.errors import UserError
+from dp_synth.formats.reading import summary_of
 from dp_synth.privacy.accounting import Mechanism
 from dp_synth.privacy.wording import EXAMPLE, is_void
 from dp_synth.reporting import statement as wording
 from dp_synth.reporting.closeness import Space, read_closeness
 from dp_synth.reporting.copying import Copying, read_copying
-from dp_synth.reporting.grids import Grid, class_folders, count_images, run_grids
-from dp_synth.reporting.numbers import Numbers
+from dp_synth.reporting.grids import Grid, natural_order, run_grids
+from dp_synth.reporting.numbers import Numbers, without_private
 from dp_synth.reporting.statement import Banner
 from dp_synth.reporting.transfer import Transfer, read_transfer
 from dp_synth.reporting.usefulness import Usefulness, read_usefulness
@@ -49,6 +51,7 @@ class Content:
     has_model: bool
     banners: list[Banner]
     numbers: Numbers
+    withheld: bool
     usefulness: Usefulness
     closeness: list[Space]
     transfer: Transfer | None
@@ -78,19 +81,25 @@ class Content:
         return "image" if self.by_image else self.unit
 
 
-def read_content(run: Run) -> Content:
+def read_content(run: Run, *, released: bool = False, private_metrics: bool = True) -> Content:
     """Gather the content of one run. Missing files leave their part empty; nothing is computed
     from private images, and none is opened.
+
+    Args:
+        run: begun, at least.
+        released: whether the page leaves the building: it then shows no image but of ``samples/``.
+        private_metrics: whether metrics that looked at private images are shown.
 
     Raises:
         UserError: a file of the run is damaged.
     """
     cfg = run.config()
     statement = read_statement(run)
-    numbers = Numbers(
-        _read(run.metrics, run.metrics_path), _read(run.metrics_meta, run.metrics_meta_path)
-    )
-    num_samples = count_images(run.samples_dir)
+    metrics = read_undamaged(run.metrics, run.metrics_path)
+    meta = read_undamaged(run.metrics_meta, run.metrics_meta_path)
+    shown, meta = (metrics, meta) if private_metrics else without_private(metrics, meta)
+    numbers = Numbers(shown, meta)
+    num_samples, classes = summary_of(run.samples_dir)
     copying = read_copying(numbers)
     eps = statement.get("eps")
     return Content(
@@ -105,18 +114,19 @@ def read_content(run: Run) -> Content:
         unit=str(statement.get("unit") or EXAMPLE),
         num_examples=statement.get("num_examples"),
         num_samples=num_samples,
-        classes=[folder.name for folder in class_folders(run.samples_dir)],
+        classes=sorted(classes, key=natural_order),
         has_model=run.has_model(),
         banners=[
             *wording.banners(statement),
             *([_FLAGGED] if copying is not None and copying.flagged else []),
         ],
         numbers=numbers,
+        withheld=len(shown) < len(metrics),
         usefulness=read_usefulness(numbers, num_samples),
         closeness=read_closeness(numbers),
         transfer=read_transfer(numbers),
         copying=copying,
-        grids=run_grids(run, private=eps is not None),
+        grids=run_grids(run, private=eps is not None)[-1 if released else 0 :],
         curve=wording.curve(statement),
         statement=wording.rows(statement),
         queries=wording.queries(statement),
@@ -129,14 +139,14 @@ def read_content(run: Run) -> Content:
 
 def read_statement(run: Run) -> dict[str, Any]:
     """The statement of a run; empty where there is none. Raises UserError where it is damaged."""
-    return _read(run.statement, run.privacy_path) if run.privacy_path.is_file() else {}
+    return read_undamaged(run.statement, run.privacy_path) if run.privacy_path.is_file() else {}
 
 
-def _read(read: Callable[[], Json], path: Path) -> Json:
-    """Read a JSON file of a run."""
+def read_undamaged(read: Callable[[], Json], path: Path) -> Json:
+    """What ``read`` reads of a JSON file of a run. Raises UserError where the file is damaged."""
     try:
         return read()
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not JSON; the file is damaged.") from None
 
 

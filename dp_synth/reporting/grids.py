@@ -13,10 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from dp_synth.errors import UserError
+from dp_synth.formats.pictures import picture
+from dp_synth.formats.reading import are_class_folders, first_samples, summary_of
 from dp_synth.runs import Run
 
 _FEW_CLASSES = 4  # up to here a class gets two rows of larger cells
 _MAX_CLASSES = 20
+# Of what is in no class folders, for each picture that is shown: rare classes come late.
+_LOOKED_THROUGH = 10
 _MAX_SIDE = 96  # larger images are shrunk: the page is to be mailed
 
 
@@ -73,20 +78,17 @@ def run_grids(run: Run, private: bool) -> list[Grid]:
 
 
 def read_grid(root: Path, title: str, note: str, missing: str) -> Grid:
-    """A grid of the first images of each class folder of ``root``; ``missing`` where there is none.
+    """A grid of the first images of each class in ``root``; ``missing`` where there is none.
 
     Links that lead out of ``root`` are passed over: behind them could lie anything. Images of
     another size than the first are scaled to it.
     """
-    folders = class_folders(root)
-    shown = folders[:_MAX_CLASSES]
-    rows_per_class, columns = (2, 5) if len(shown) <= _FEW_CLASSES else (1, 8)
     try:
-        by_class = [
-            [_open(path) for path in _first_files(folder, root, rows_per_class * columns)]
-            for folder in shown
-        ]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        classes = sorted(summary_of(root)[1], key=natural_order)
+        shown = classes[:_MAX_CLASSES]
+        rows_per_class, columns = (2, 5) if len(shown) <= _FEW_CLASSES else (1, 8)
+        by_class = _first_pictures(root, shown, rows_per_class * columns)
+    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return Grid(title, note, f"The images of {root.name}/ cannot be read: a file is damaged.")
     images = [image for row in by_class for image in row]
     if not images:
@@ -105,28 +107,11 @@ def read_grid(root: Path, title: str, note: str, missing: str) -> Grid:
         title=title,
         note=note,
         missing=missing,
-        classes=tuple(folder.name for folder in shown),
-        hidden_classes=len(folders) - len(shown),
+        classes=tuple(shown),
+        hidden_classes=len(classes) - len(shown),
         src=_data_uri(sheet),
         colour=any(image.mode == "RGB" for image in images),
     )
-
-
-def class_folders(root: Path) -> list[Path]:
-    """The class folders of ``root``, no links, ``2`` before ``10``; empty if there is no ``root``."""
-    if not root.is_dir():
-        return []
-    folders = [
-        path
-        for path in root.iterdir()
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
-    ]
-    return sorted(folders, key=lambda folder: natural_order(folder.name))
-
-
-def count_images(root: Path) -> int:
-    """How many PNG files the class folders of ``root`` hold; none is opened."""
-    return sum(1 for folder in class_folders(root) for _ in folder.glob("*.png"))
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -134,6 +119,19 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
+
+
+def _first_pictures(root: Path, classes: list[str], count: int) -> list[list[Image.Image]]:
+    """The first ``count`` pictures of each class, or fewer."""
+    if not classes:
+        return []
+    if are_class_folders(root):
+        return [
+            [_open(path) for path in _first_files(root / name, root, count)] for name in classes
+        ]
+    images = first_samples(root, _LOOKED_THROUGH * count * len(classes))
+    places = [(images.labels == images.classes.index(name)).nonzero()[0] for name in classes]
+    return [[picture(images.pixels[place]) for place in found[:count]] for found in places]
 
 
 def _first_files(folder: Path, root: Path, count: int) -> list[Path]:

@@ -77,6 +77,31 @@ class Numbers:
         }
 
 
+def looked_at_private_images(key: str, about: Any) -> bool:
+    """Whether a metric did, by what ``metrics_meta.json`` says of it; where it says nothing, yes.
+
+    Only the metrics of public phases, whose names begin with ``public/``, need not say.
+    """
+    said = about.get("private") if isinstance(about, Mapping) else None
+    return not key.startswith("public/") if said is None else said is not False
+
+
+def without_private(
+    metrics: Mapping[str, Any], meta: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics, and what is said of them, that were computed without a private image.
+
+    The ends of an interval go where their number goes.
+    """
+
+    def stays(key: str) -> bool:
+        number = key.removesuffix(".ci_low").removesuffix(".ci_high")
+        return any(looked_at_private_images(one, meta.get(one)) for one in (key, number))
+
+    kept = {key: value for key, value in metrics.items() if not stays(key)}
+    return kept, {key: about for key, about in meta.items() if key in kept}
+
+
 def _ends(key: str) -> set[str]:
     return {f"{key}.ci_low", f"{key}.ci_high"}
 
@@ -97,7 +122,7 @@ def _metric(key: str, values: Mapping[str, float], about: Any) -> Metric:
         hint="",
         kind="private",
         interval=interval,
-        private=bool(about.get("private", not key.startswith("public/"))),
+        private=looked_at_private_images(key, about),
         n=n if isinstance(n, int) else None,
         what=str(about.get("what", "")),
     )

@@ -126,10 +126,15 @@ def write_privacy_page(run: Run) -> Path:
     Raises:
         UserError: a file of the run is damaged.
     """
-    template = environment().get_template("officer.html.j2")
     path = run.privacy_page_path
-    write_atomically(path, template.render(run=read_officer(run), version=__version__))
+    write_atomically(path, privacy_page(run))
     return path
+
+
+def privacy_page(run: Run) -> str:
+    """The page of ``write_privacy_page`` as HTML."""
+    template = environment().get_template("officer.html.j2")
+    return template.render(run=read_officer(run), version=__version__)
 
 
 def read_officer(run: Run) -> Officer:

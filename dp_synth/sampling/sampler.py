@@ -16,6 +16,7 @@ from dp_synth.checks import count, one_of
 from dp_synth.data.images import Images
 from dp_synth.data.pixels import to_uint8
 from dp_synth.errors import UserError
+from dp_synth.formats import FORMATS
 from dp_synth.process import Denoiser, Process
 from dp_synth.sampling.guidance import Guidance
 from dp_synth.sampling.labels import POLICIES, Policy, cyclic, proportional
@@ -24,7 +25,6 @@ from dp_synth.sampling.spacing import Spacing
 from dp_synth.sampling.streams import NUM_STREAMS, noise_streams
 from dp_synth.sampling.thresholding import Thresholding
 
-FORMATS = ("png", "webdataset", "parquet", "npz")
 PRECISIONS = ("auto", "32-true", "bf16")
 
 Pixels = npt.NDArray[np.uint8]
@@ -90,7 +90,7 @@ class Sampler:
         one_of("sampler.labels", labels, POLICIES)
         self.labels = labels
         self.batch_size = count("sampler.batch_size", batch_size)
-        one_of("sampler.format", format, FORMATS)
+        one_of("sampler.format", format, tuple(FORMATS))
         self.format = format
         self.shard_size = None if shard_size is None else count("sampler.shard_size", shard_size)
         one_of("sampler.precision", precision, PRECISIONS)

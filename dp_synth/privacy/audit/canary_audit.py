@@ -12,9 +12,9 @@ from diffusers import UNet2DModel
 from dp_synth.building import build_diffusion
 from dp_synth.checkpoints import SafeCheckpointIO, newest_first
 from dp_synth.checks import count, whole
-from dp_synth.data.folder import read_image_folder
 from dp_synth.data.images import Images
 from dp_synth.errors import UserError
+from dp_synth.formats.reading import read_samples
 from dp_synth.metrics.neighbours import nearest
 from dp_synth.privacy.audit.canaries import CANARIES_FILE, Canaries
 from dp_synth.privacy.audit.canary_callback import CanaryCallback
@@ -134,7 +134,7 @@ class CanaryAudit:
         canaries = Canaries.load(run.local_dir / CANARIES_FILE)
         net, classes = run.load_model()
         seen = _seen_in_training(run)
-        samples = read_image_folder(run.samples_dir) if run.samples_dir.is_dir() else None
+        samples = read_samples(run.samples_dir) if run.samples_dir.is_dir() else None
         scores = {"gradient_canaries": seen["scores"].numpy()}
         if len(canaries.image_coins):
             images = canaries.image_set(classes)
