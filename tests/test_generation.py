@@ -222,6 +222,26 @@ def test_what_others_finish_between_two_looks_is_left_alone(
     assert_made(out, expected())
 
 
+def test_one_who_begins_while_others_clear_the_folder_leaves_what_is_there(
+    tmp_path, source, expected, monkeypatch
+):
+    """A folder that is there when it is made, and gone when one asks whether it is a folder."""
+    out = tmp_path / "out"
+    mkdir = os.mkdir
+
+    def late(path, mode=0o777):
+        if Path(path).name != ".out.partial":
+            return mkdir(path, mode)
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        assert make(out, source, sampler_of())
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    assert not make(out, source, sampler_of())
+    assert_made(out, expected())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_one_who_comes_late_leaves_what_is_there(tmp_path, source, expected):
     out = tmp_path / "out"
     assert make(out, source, sampler_of())

@@ -91,7 +91,7 @@ def wandb_records(directory):
     https://github.com/google/leveldb/blob/main/doc/log_format.md, after 7 bytes of W&B's own.
     """
     (file,) = directory.glob("wandb/offline-run-*/*.wandb")
-    for _ in range(100):  # W&B's own process writes it out a moment after a run is finished
+    for _ in range(600):  # W&B's own process writes it out a moment after a run is finished
         records = list(leveldb_records(file.read_bytes()))
         if any(record.HasField("exit") for record in records):
             return records

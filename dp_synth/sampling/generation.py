@@ -64,7 +64,7 @@ def generate(
         ):
             _draw_shards(staging, queue, draw, bar, writer)
         return staging.finish(form, queue, source.classes, lambda: card(execution))
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):  # the latter of a folder gone as soon as seen
         if not out.exists():
             raise
         return False  # others finished, and cleared the staging folder, in this very moment
